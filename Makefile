@@ -1,0 +1,29 @@
+# Every target sets up what it needs: git, make and Python >= 3.11 are enough.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+WHEELS := $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse,)
+
+.PHONY: demo test fast check up repro bench soak docs clean wheelhouse
+
+demo: .venv/ready ; formulary demo
+test: .venv/dev ; python -m pytest -q $(ARGS)
+fast: .venv/dev ; python -m pytest -q tests/unit tests/house
+check: .venv/dev
+	ruff format --check . && ruff check . && mypy && lint-imports --no-cache && python -m pytest -q tests/house
+up: .venv/ready ; formulary up
+repro: .venv/ready ; dvc repro
+bench: .venv/dev ; python benchmarks/serving.py $(ARGS)
+soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults
+docs: .venv/dev ; mkdocs build --strict --site-dir site
+wheelhouse: .venv/ready ; pip download --dest wheelhouse -r requirements.lock -r requirements-dev.lock pip
+clean: ; formulary clean || rm -rf build .dvc/cache site
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+.venv/ready: .venv/bin/python requirements.lock pyproject.toml
+	.venv/bin/python -m pip install $(WHEELS) --disable-pip-version-check --progress-bar on -q -r requirements.lock
+	.venv/bin/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation --editable .
+	touch $@
+.venv/dev: .venv/ready requirements-dev.lock
+	.venv/bin/python -m pip install $(WHEELS) --disable-pip-version-check -q -r requirements.lock -r requirements-dev.lock
+	touch $@

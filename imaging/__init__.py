@@ -1,0 +1,1 @@
+"""What an image, a data set and a score are. Knows numpy and pydantic; no platform."""

@@ -1,0 +1,291 @@
+"""Decisions (params.yaml, sites.yaml) as typed, frozen values, and the places things lie (environment).
+
+A misspelt key is refused by name. Functions take the section they need, never the whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from imaging.errors import ConfigError, UnknownSite, UnknownTask
+from imaging.preparation import Preparation
+from imaging.vocabulary import Kind, Modality, SiteKind
+
+
+class Section(BaseModel):
+    """A part of a YAML file: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Profile(Section):
+    """How large a cohort is. Counts are subjects."""
+
+    internal: int = Field(ge=8)
+    external: int = Field(ge=8)
+    views: int = Field(ge=1, le=8)
+
+
+class CohortSection(Section):
+    """What the first stage builds: a module of training/cohorts, its size and its seed."""
+
+    builder: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    profile: str
+    seed: int
+
+
+class SplitSection(Section):
+    """Shares of the subjects of internal sites; what is left over is the locked test set."""
+
+    seed: int
+    train: float = Field(gt=0, lt=1)
+    validation: float = Field(gt=0, lt=1)
+
+
+class CheckSection(Section):
+    """What the data must be, beside what every manifest must be."""
+
+    pixel_low: float
+    pixel_high: float
+    spacing_low_mm: float = Field(gt=0)
+    spacing_high_mm: float = Field(gt=0)
+    subjects_per_split_and_site: int = Field(ge=1)
+
+
+class Architecture(Section):
+    """An allow-listed architecture and its options, in numbers alone."""
+
+    name: str
+    channels: tuple[int, ...] = Field(min_length=2, max_length=6)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class AugmentationSection(Section):
+    """Ranges that augmentation draws from. 0 turns a part off."""
+
+    flip: bool = False
+    shift_px: int = Field(default=0, ge=0)
+    gain: float = Field(default=0.0, ge=0, lt=1)
+    offset: float = Field(default=0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0)
+
+
+class FitSection(Section):
+    """How weights are found."""
+
+    architecture: Architecture
+    augmentation: AugmentationSection
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    seed: int
+    threads: int = Field(ge=1)
+    device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
+
+
+class CalibrateSection(Section):
+    """How the operating point is frozen, on internal validation."""
+
+    sensitivity: float = Field(gt=0, lt=1, description="the least sensitivity that the threshold must keep")
+
+
+class PackageSection(Section):
+    """What the contract promises."""
+
+    intended_use: str
+    png_offset: float = 0.0
+    max_batch: int = Field(ge=1, le=256)
+    golden: int = Field(ge=2, le=64)
+    tolerance: dict[str, float] = Field(description="engine/precision -> largest difference of a probability")
+
+
+class EvaluateSection(Section):
+    """How the packaged engine is scored on the locked sets."""
+
+    engine: str
+    precision: str
+    confidence: float = Field(gt=0.5, lt=1)
+    seed: int
+
+
+class QualifySection(Section):
+    """Which engines are checked against the golden cases, and at which batch sizes."""
+
+    engines: tuple[str, ...] = Field(min_length=1, description="engine/precision, best first is found by time")
+    batch_sizes: tuple[int, ...] = Field(min_length=1)
+
+
+class ReferenceSection(Section):
+    """The drift test and the false alarms that it may raise."""
+
+    alpha: float = Field(gt=0, lt=0.5, description="false alarms a window, over all columns")
+    window: int = Field(ge=20, description="subjects; fewer is 'not enough cases'")
+    repeats: int = Field(ge=10, description="null windows drawn to measure the false-alarm share")
+    seed: int
+
+
+class TaskSection(Section):
+    """One question asked of an image, stage by stage."""
+
+    title: str
+    kind: Kind
+    modality: Modality
+    classes: tuple[str, ...] = Field(min_length=2, description="names of the labels 0, 1, ...")
+    preparation: Preparation
+    cohort: CohortSection
+    split: SplitSection
+    check: CheckSection
+    fit: FitSection
+    calibrate: CalibrateSection
+    package: PackageSection
+    evaluate: EvaluateSection
+    qualify: QualifySection
+    reference: ReferenceSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind is Kind.CLASSIFICATION and len(self.classes) != 2:
+            raise ValueError("a classification task has two classes: the negative and the positive")
+        if self.split.train + self.split.validation >= 1:
+            raise ValueError("split: train and validation leave nothing for the test set")
+        return self
+
+
+class Params(Section):
+    """params.yaml."""
+
+    profiles: dict[str, Profile]
+    tasks: dict[str, TaskSection]
+
+    @model_validator(mode="after")
+    def _profiles_exist(self) -> Self:
+        for name, task in self.tasks.items():
+            if task.cohort.profile not in self.profiles:
+                raise ValueError(f"tasks.{name}.cohort.profile: no profile {task.cohort.profile!r} in profiles")
+        return self
+
+    def task(self, name: str) -> TaskSection:
+        """The section of a task.
+
+        Raises:
+            UnknownTask: params.yaml has no such section.
+        """
+        if name not in self.tasks:
+            raise UnknownTask(f"No task {name[:60]!r} in params.yaml.", suggest(name, self.tasks, "Tasks"))
+        return self.tasks[name]
+
+
+class Site(Section):
+    """A place where images are made."""
+
+    kind: SiteKind
+    title: str
+
+
+class Sites(Section):
+    """sites.yaml."""
+
+    sites: dict[str, Site]
+
+    def names(self, kind: SiteKind | None = None) -> list[str]:
+        """Names of all sites, or of one kind, in the order of the file."""
+        return [name for name, site in self.sites.items() if kind in (None, site.kind)]
+
+    def site(self, name: str) -> Site:
+        """A site by name.
+
+        Raises:
+            UnknownSite: sites.yaml does not list it.
+        """
+        if name not in self.sites:
+            raise UnknownSite(f"No site {name[:60]!r} in sites.yaml.", suggest(name, self.sites, "Sites"))
+        return self.sites[name]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie.
+
+    Attributes:
+        root: the checkout, with params.yaml and sites.yaml.
+        build: stage outputs.
+        var: databases, keys, packages, reports.
+    """
+
+    root: Path
+    build: Path
+    var: Path
+
+    def stage(self, task: str, name: str) -> Path:
+        """Where a stage of a task writes, e.g. build/brain-tissue/fit."""
+        return self.build / task / name
+
+
+def read_places() -> Places:
+    """Places from FORMULARY_ROOT (default: the working folder), FORMULARY_BUILD and FORMULARY_VAR."""
+    root = Path(os.environ.get("FORMULARY_ROOT", ".")).resolve()
+    build = Path(os.environ.get("FORMULARY_BUILD", root / "build"))
+    return Places(root=root, build=build, var=Path(os.environ.get("FORMULARY_VAR", root / "var")))
+
+
+def suggest(name: str, known: dict[str, Any], noun: str) -> str:
+    """A fix for a misspelt name: the nearest known one, and all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return (f"Did you mean {near[0]!r}? " if near else "") + f"{noun}: {', '.join(sorted(known))}."
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_yaml(path: Path, model: type[Model]) -> Model:
+    """Read a YAML file as a typed value.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has a wrong or misspelt key, named.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist.", "Run from the root of a checkout, or set FORMULARY_ROOT.")
+    try:
+        return model.model_validate(yaml.safe_load(path.read_text()) or {})
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {str(error)[:200]}.", "Mend the file.") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path.name}: {explain(error, model)}.", "Mend the key; nothing was run.") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A validation error in one line: where, and what; a misspelt key with the nearest known one."""
+    parts = []
+    for item in error.errors()[:5]:
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), _keys(model), n=1)
+            parts.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}" if near else ""))
+        else:
+            parts.append(f"{where}: {item['msg']}")
+    return "; ".join(parts)
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    """Every key that the model and the sections below it know."""
+    schema = model.model_json_schema()
+    sections = [schema, *schema.get("$defs", {}).values()]
+    return {key for section in sections for key in section.get("properties", {})}
+
+
+def read_params(places: Places) -> Params:
+    """params.yaml of the checkout."""
+    return read_yaml(places.root / "params.yaml", Params)
+
+
+def read_sites(places: Places) -> Sites:
+    """sites.yaml of the checkout."""
+    return read_yaml(places.root / "sites.yaml", Sites)

@@ -1,0 +1,170 @@
+"""Every error of the house: a class, a fact and a fix.
+
+FormularyError
+├── ConfigError            a decision in YAML that cannot be read
+│   └── UnknownTask        no such section in params.yaml
+├── DataError              a cohort, manifest or stage output that is not what it must be
+├── ImageError             an image that cannot be answered
+│   ├── TooLarge           more bytes or pixels than the limit
+│   ├── WrongType          a content type or encoding that is not on the list
+│   ├── Unreadable         bytes that are not what they say they are
+│   ├── WrongModality      another kind of image than the model reads
+│   ├── WrongShape         other rows, columns, orientation or spacing
+│   └── NotFinite          NaN or infinity among the pixels
+├── TrustError             a signature, digest, key or parity check that does not hold
+├── RegistryError          a decision that cannot be taken
+│   ├── UnknownVersion     no such version of the task
+│   ├── Forbidden          this person may not do it
+│   ├── Refused            the gate said no; the reasons are in the fact
+│   └── Conflict           somebody else was first
+└── ServingError           an answer that cannot be given now
+    ├── SiteRequired       the request does not say its site
+    ├── UnknownSite        a site that is not in sites.yaml
+    ├── NotApproved        no version is approved for this task at this site
+    ├── NotReady           models are loading, or the service is stopping
+    └── JournalDown        the journal cannot take a row, so no answer may leave
+"""
+
+from __future__ import annotations
+
+
+class FormularyError(Exception):
+    """What went wrong (`fact`, one sentence) and what to do about it (`fix`, one sentence)."""
+
+    title = "Something is wrong"
+
+    def __init__(self, fact: str, fix: str = "") -> None:
+        super().__init__(f"{fact} {fix}".strip())
+        self.fact, self.fix = fact, fix
+
+
+class ConfigError(FormularyError):
+    """A decision in YAML that cannot be read."""
+
+    title = "The configuration is wrong"
+
+
+class UnknownTask(ConfigError):
+    """No such section in params.yaml."""
+
+    title = "No such task"
+
+
+class DataError(FormularyError):
+    """A cohort, manifest or stage output that is not what it must be."""
+
+    title = "The data are not what they must be"
+
+
+class ImageError(FormularyError):
+    """An image that cannot be answered."""
+
+    title = "This image cannot be read"
+
+
+class TooLarge(ImageError):
+    """More bytes or pixels than the limit."""
+
+    title = "Too large"
+
+
+class WrongType(ImageError):
+    """A content type or encoding that is not on the list."""
+
+    title = "This type of file is not taken"
+
+
+class Unreadable(ImageError):
+    """Bytes that are not what they say they are."""
+
+    title = "The file is damaged or of another type"
+
+
+class WrongModality(ImageError):
+    """Another kind of image than the model reads."""
+
+    title = "This model reads another modality"
+
+
+class WrongShape(ImageError):
+    """Other rows, columns, orientation or spacing than the contract says."""
+
+    title = "The image has another shape"
+
+
+class NotFinite(ImageError):
+    """NaN or infinity among the pixels."""
+
+    title = "The image has pixels that are not numbers"
+
+
+class TrustError(FormularyError):
+    """A signature, digest, key or parity check that does not hold."""
+
+    title = "This cannot be trusted"
+
+
+class RegistryError(FormularyError):
+    """A decision that cannot be taken."""
+
+    title = "The registry refuses"
+
+
+class UnknownVersion(RegistryError):
+    """No such version of the task."""
+
+    title = "No such version"
+
+
+class Forbidden(RegistryError):
+    """This person may not do it."""
+
+    title = "Not allowed"
+
+
+class Refused(RegistryError):
+    """The gate said no; the reasons are in the fact."""
+
+    title = "Refused by the gate"
+
+
+class Conflict(RegistryError):
+    """Somebody else was first."""
+
+    title = "Somebody else was first"
+
+
+class ServingError(FormularyError):
+    """An answer that cannot be given now."""
+
+    title = "No answer can be given"
+
+
+class SiteRequired(ServingError):
+    """The request does not say its site."""
+
+    title = "Which site?"
+
+
+class UnknownSite(ServingError):
+    """A site that is not in sites.yaml."""
+
+    title = "No such site"
+
+
+class NotApproved(ServingError):
+    """No version is approved for this task at this site."""
+
+    title = "Not approved at this site"
+
+
+class NotReady(ServingError):
+    """Models are loading, or the service is stopping."""
+
+    title = "Not ready"
+
+
+class JournalDown(ServingError):
+    """The journal cannot take a row, so no answer may leave."""
+
+    title = "The journal cannot be written"

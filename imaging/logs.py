@@ -1,0 +1,12 @@
+"""Log lines: time, level, place, message. Never a name, a number of a patient, or a pixel."""
+
+import logging
+import os
+
+
+def configure_logs(departments: tuple[str, ...]) -> None:
+    """Let the given departments speak at FORMULARY_LOG (INFO unless told); libraries stay at WARNING."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+    for department in departments:
+        logging.getLogger(department).setLevel(os.environ.get("FORMULARY_LOG", "INFO").upper())

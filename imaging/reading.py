@@ -1,0 +1,182 @@
+"""Bytes become an Image, or an error that says what to send instead. No URL is ever fetched, no pickle opened."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from imaging.errors import ImageError, TooLarge, Unreadable, WrongShape, WrongType
+from imaging.image import Image
+from imaging.vocabulary import ContentType
+
+MAX_PIXELS = 4096 * 4096
+LITTLE_ENDIAN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
+SUFFIXES = {
+    ".png": ContentType.PNG, ".dcm": ContentType.DICOM, ".nii": ContentType.NIFTI,
+    ".gz": ContentType.NIFTI, ".npy": ContentType.NPY,
+}
+
+
+def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
+    """Read one slice.
+
+    Args:
+        body: the file.
+        content_type: one of `ContentType`; parameters behind a semicolon are ignored.
+        png_offset: added to the grey values of a PNG (a CT sent as PNG stores HU + 1024).
+
+    Returns:
+        The slice, rows and columns as a radiologist's screen shows them.
+
+    Raises:
+        WrongType: the content type, or the encoding inside the file, is not taken.
+        Unreadable: the bytes are damaged or are something else.
+        TooLarge: more than 4096 x 4096 pixels.
+        WrongShape: not one axial slice.
+        NotFinite: NaN or infinity.
+    """
+    name = content_type.split(";")[0].strip().lower()
+    readers: dict[str, Callable[[bytes], Image]] = {
+        ContentType.PNG: lambda data: _read_png(data, png_offset),
+        ContentType.DICOM: _read_dicom, ContentType.NIFTI: _read_nifti, ContentType.NPY: _read_npy,
+    }
+    if name not in readers:
+        raise WrongType(
+            f"Content type {name[:60] or '(none)'!r} is not taken.",
+            "Send " + ", ".join(sorted(readers)) + ".",
+        )
+    if not body:
+        raise Unreadable("The body is empty.", "Send the file itself as the body.")
+    return readers[name](body)
+
+
+def _bounded(rows: int, columns: int) -> None:
+    if rows * columns > MAX_PIXELS:
+        raise TooLarge(f"The image has {rows} x {columns} pixels.", f"Send at most {MAX_PIXELS} pixels.")
+
+
+def _read_png(body: bytes, offset: float) -> Image:
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(io.BytesIO(body), formats=("PNG",)) as picture:
+            _bounded(picture.height, picture.width)
+            if picture.mode not in ("L", "I;16", "I;16B", "I"):
+                raise WrongType(f"The PNG has mode {picture.mode}.", "Send 8 or 16 bit greyscale, no alpha.")
+            if offset and picture.mode == "L":
+                raise WrongType(
+                    "An 8 bit PNG cannot hold Hounsfield units.", f"Send 16 bit PNG of HU {-offset:+.0f}, or DICOM."
+                )
+            pixels = np.asarray(picture, dtype=np.float32)
+    except (OSError, SyntaxError, ValueError, zlib.error, Pillow.DecompressionBombError) as error:
+        raise Unreadable(f"The PNG cannot be read ({type(error).__name__}).", "Send a whole PNG file.") from error
+    return Image(pixels + np.float32(offset))
+
+
+def _read_npy(body: bytes) -> Image:
+    reader = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(reader)
+        if version != (1, 0):
+            raise Unreadable(f"The .npy has version {version}.", "Write it with numpy.save, version 1.0.")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(reader)
+        if dtype.hasobject or dtype.kind not in "iuf":
+            raise WrongType(f"The .npy holds {dtype}.", "Send integers or floats.")
+        if len(shape) != 2:
+            raise WrongShape(f"The array has shape {shape}.", "Send one slice with two axes: rows, columns.")
+        _bounded(*shape)
+        reader.seek(0)
+        pixels = np.load(reader, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise Unreadable("The .npy cannot be read.", "Write it with numpy.save and send the whole file.") from error
+    with np.errstate(over="ignore"):
+        return Image(pixels.astype(np.float32))
+
+
+def _inflate(body: bytes) -> bytes:
+    limit = MAX_PIXELS * 8 + 4096
+    with gzip.GzipFile(fileobj=io.BytesIO(body)) as stream:
+        raw = stream.read(limit + 1)
+    if len(raw) > limit:
+        raise TooLarge("The file inflates beyond the limit.", f"Send at most {MAX_PIXELS} pixels.")
+    return raw
+
+
+def _read_nifti(body: bytes) -> Image:
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        raw = _inflate(body) if body[:2] == b"\x1f\x8b" else body
+        volume = nib.Nifti1Image.from_bytes(raw)
+        shape = tuple(n for n in volume.shape if n != 1) or (1,)
+        if volume.ndim > 3 or volume.ndim < 2 or (volume.ndim == 3 and volume.shape[2] != 1):
+            raise WrongShape(f"The NIfTI has shape {volume.shape}.", "Send one axial slice (i, j) or (i, j, 1).")
+        _bounded(*(shape + (1, 1))[:2])
+        flips, spacing = _axial(np.asarray(volume.affine))
+        pixels = np.asarray(volume.dataobj, dtype=np.float32).reshape(volume.shape[:2])
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise Unreadable("The NIfTI cannot be read.", "Send a whole NIfTI-1 file, .nii or .nii.gz.") from error
+    across = pixels if flips[0] else pixels[::-1]
+    down = across if flips[1] else across[:, ::-1]
+    return Image(np.ascontiguousarray(down.T), spacing_mm=spacing)
+
+
+def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool], tuple[float, float]]:
+    """Whether i runs to the left and j to posterior already, and (row, column) spacing in mm."""
+    import nibabel as nib
+
+    codes = nib.aff2axcodes(affine)
+    if codes[0] not in ("L", "R") or codes[1] not in ("A", "P"):
+        raise WrongShape(
+            f"The NIfTI axes run to {''.join(str(c) for c in codes)}.", "Send an axial slice: i left-right, j front-back."
+        )
+    sizes = np.linalg.norm(affine[:3, :2], axis=0)
+    return (codes[0] == "L", codes[1] == "P"), (float(sizes[1]), float(sizes[0]))
+
+
+def _read_dicom(body: bytes) -> Image:
+    import pydicom
+
+    try:
+        data = pydicom.dcmread(io.BytesIO(body))
+        syntax = str(data.file_meta.TransferSyntaxUID)
+        if syntax not in LITTLE_ENDIAN:
+            raise WrongType(
+                f"Transfer syntax {pydicom.uid.UID(syntax).name} is not taken.",
+                "Send Implicit or Explicit VR Little Endian, uncompressed.",
+            )
+        _bounded(int(data.Rows), int(data.Columns))
+        if int(data.get("NumberOfFrames", 1) or 1) != 1 or int(data.get("SamplesPerPixel", 1)) != 1:
+            raise WrongShape("The DICOM object has several frames or colours.", "Send one greyscale slice.")
+        _upright(data)
+        stored = data.pixel_array.astype(np.float32)
+        slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+        spacing = data.get("PixelSpacing")
+        image = Image(
+            stored * np.float32(slope) + np.float32(intercept),
+            spacing_mm=(float(spacing[0]), float(spacing[1])) if spacing else None,
+            modality=str(data.get("Modality", "")) or None,
+            subject=str(data.get("PatientID", "")) or None,
+        )
+    except ImageError:
+        raise
+    except (pydicom.errors.InvalidDicomError, AttributeError, ValueError, TypeError, KeyError, OSError, EOFError,
+            NotImplementedError, RuntimeError) as error:
+        raise Unreadable(
+            f"The DICOM object cannot be read ({type(error).__name__}).", "Send a whole DICOM part 10 file."
+        ) from error
+    return image
+
+
+def _upright(data: object) -> None:
+    orientation = getattr(data, "ImageOrientationPatient", None)
+    if orientation is None:
+        return
+    if not np.allclose([float(v) for v in orientation], [1, 0, 0, 0, 1, 0], atol=0.2):
+        raise WrongShape("The slice is not axial, or is turned.", "Send axial slices with orientation 1,0,0,0,1,0.")

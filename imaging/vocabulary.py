@@ -1,0 +1,95 @@
+"""The closed vocabularies of the house: the only place for such strings. Tasks and sites are YAML, not here."""
+
+from enum import StrEnum
+
+
+class Modality(StrEnum):
+    """What made the image, in DICOM's words (0008,0060)."""
+
+    MR = "MR"
+    CT = "CT"
+
+
+class Kind(StrEnum):
+    """What a task asks of an image."""
+
+    CLASSIFICATION = "classification"
+    SEGMENTATION = "segmentation"
+
+
+class Split(StrEnum):
+    """What a subject is used for; one split a subject."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+    EXTERNAL = "external"
+
+
+class SiteKind(StrEnum):
+    """Whether a site's images were seen in training."""
+
+    INTERNAL = "internal"
+    EXTERNAL = "external"
+
+
+class Sex(StrEnum):
+    """Recorded sex of a subject."""
+
+    FEMALE = "F"
+    MALE = "M"
+
+
+class AgeBand(StrEnum):
+    """Age of a subject in years, as a band: exact ages identify people."""
+
+    UNDER_40 = "18-39"
+    UNDER_60 = "40-59"
+    UNDER_75 = "60-74"
+    OVER_75 = "75+"
+
+
+class Slot(StrEnum):
+    """The places a version can hold for a task."""
+
+    CHAMPION = "champion"
+    PREVIOUS = "previous"
+
+
+class Decision(StrEnum):
+    """The kinds of ledger events."""
+
+    KEY_TRUSTED = "key-trusted"
+    KEY_REVOKED = "key-revoked"
+    REGISTERED = "registered"
+    REQUESTED = "requested"
+    REFUSED = "refused"
+    APPROVED = "approved"
+    ROLLED_BACK = "rolled-back"
+    INCIDENT = "incident"
+
+
+class Statement(StrEnum):
+    """The signed facts about a package, one a department."""
+
+    PACKAGE = "package"
+    EVALUATION = "evaluation"
+    QUALIFICATION = "qualification"
+    ALARMS = "alarms"
+
+
+class Drift(StrEnum):
+    """What the monitor says of a site's window."""
+
+    IN_BOUNDS = "in bounds"
+    DRIFT = "drift"
+    TOO_FEW = "not enough cases"
+
+
+class ContentType(StrEnum):
+    """The bodies that a prediction can be asked with."""
+
+    PNG = "image/png"
+    DICOM = "application/dicom"
+    NIFTI = "application/x-nifti"
+    NPY = "application/x-npy"
