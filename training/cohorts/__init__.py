@@ -1,0 +1,1 @@
+"""The embedded cohorts, one module each."""
