@@ -119,7 +119,9 @@ class EvaluateSection(Section):
 class QualifySection(Section):
     """Which engines are checked against the golden cases, and at which batch sizes."""
 
-    engines: tuple[str, ...] = Field(min_length=1, description="engine/precision, best first is found by time")
+    engines: tuple[str, ...] = Field(
+        min_length=1, description="engine/precision, best first is found by time"
+    )
     batch_sizes: tuple[int, ...] = Field(min_length=1)
 
 
@@ -169,7 +171,9 @@ class Params(Section):
     def _profiles_exist(self) -> Self:
         for name, task in self.tasks.items():
             if task.cohort.profile not in self.profiles:
-                raise ValueError(f"tasks.{name}.cohort.profile: no profile {task.cohort.profile!r} in profiles")
+                raise ValueError(
+                    f"tasks.{name}.cohort.profile: no profile {task.cohort.profile!r} in profiles"
+                )
         return self
 
     def task(self, name: str) -> TaskSection:
@@ -252,13 +256,17 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
         ConfigError: the file is missing, is not YAML, or has a wrong or misspelt key, named.
     """
     if not path.exists():
-        raise ConfigError(f"{path} does not exist.", "Run from the root of a checkout, or set FORMULARY_ROOT.")
+        raise ConfigError(
+            f"{path} does not exist.", "Run from the root of a checkout, or set FORMULARY_ROOT."
+        )
     try:
         return model.model_validate(yaml.safe_load(path.read_text()) or {})
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {str(error)[:200]}.", "Mend the file.") from error
     except ValidationError as error:
-        raise ConfigError(f"{path.name}: {explain(error, model)}.", "Mend the key; nothing was run.") from error
+        raise ConfigError(
+            f"{path.name}: {explain(error, model)}.", "Mend the key; nothing was run."
+        ) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -41,4 +41,6 @@ class Image:
                 f"The image has shape {self.pixels.shape}.", "Send one slice with two axes: rows, columns."
             )
         if not np.isfinite(self.pixels).all():
-            raise NotFinite("Some pixels are NaN or infinite.", "Write finite numbers before sending the image.")
+            raise NotFinite(
+                "Some pixels are NaN or infinite.", "Write finite numbers before sending the image."
+            )

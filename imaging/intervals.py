@@ -75,16 +75,18 @@ def wilson(right: NDArray[np.integer], subjects: NDArray[Any], confidence: float
     from statsmodels.stats.proportion import proportion_confint
 
     if not len(right):
-        return Estimate(
-            estimate=0.0, low=0.0, high=1.0, subjects=0, confidence=confidence, method="no cases"
-        )
+        return Estimate(estimate=0.0, low=0.0, high=1.0, subjects=0, confidence=confidence, method="no cases")
     effect = design_effect(right, subjects)
     low, high = proportion_confint(
         float(right.sum()) / effect, len(right) / effect, alpha=1 - confidence, method="wilson"
     )
     return Estimate(
-        estimate=float(right.mean()), low=float(low), high=float(high), confidence=confidence,
-        subjects=len(np.unique(subjects)), method="Wilson, design effect by subject",
+        estimate=float(right.mean()),
+        low=float(low),
+        high=float(high),
+        confidence=confidence,
+        subjects=len(np.unique(subjects)),
+        method="Wilson, design effect by subject",
     )
 
 
@@ -108,18 +110,28 @@ def bootstrap_mean(
         middle = float(means.mean()) if len(means) else 0.0
         return Estimate(estimate=middle, low=0.0, high=1.0, method="too few subjects", **facts)
     found = bootstrap(
-        (means,), np.mean, confidence_level=confidence, n_resamples=2000, method="BCa",
+        (means,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=2000,
+        method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(
-        estimate=float(means.mean()), low=float(found.low), high=float(found.high),
-        method="BCa bootstrap of subject means", **facts,
+        estimate=float(means.mean()),
+        low=float(found.low),
+        high=float(found.high),
+        method="BCa bootstrap of subject means",
+        **facts,
     )
 
 
 def bootstrap_auc(
-    truth: NDArray[np.integer], score: NDArray[np.floating], subjects: NDArray[Any],
-    confidence: float = 0.95, seed: int = 0,
+    truth: NDArray[np.integer],
+    score: NDArray[np.floating],
+    subjects: NDArray[Any],
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Estimate:
     """Percentile bootstrap interval of the AUC, whole subjects drawn.
 
@@ -142,6 +154,10 @@ def bootstrap_auc(
     low, high = np.nanpercentile(draws, [tail, 100 - tail]) if np.isfinite(draws).any() else (0.0, 1.0)
     middle = auc(truth, score)
     return Estimate(
-        estimate=middle if np.isfinite(middle) else 0.5, low=float(low), high=float(high),
-        subjects=len(groups), confidence=confidence, method="percentile bootstrap by subject",
+        estimate=middle if np.isfinite(middle) else 0.5,
+        low=float(low),
+        high=float(high),
+        subjects=len(groups),
+        confidence=confidence,
+        method="percentile bootstrap by subject",
     )

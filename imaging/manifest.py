@@ -12,8 +12,23 @@ from numpy.typing import NDArray
 from imaging.errors import DataError
 
 COLUMNS = (
-    "image", "row", "sha256", "subject", "site", "site_kind", "scanner", "acquired", "age_band", "sex",
-    "modality", "spacing_mm", "label", "mask", "licence", "redistributable", "simulated",
+    "image",
+    "row",
+    "sha256",
+    "subject",
+    "site",
+    "site_kind",
+    "scanner",
+    "acquired",
+    "age_band",
+    "sex",
+    "modality",
+    "spacing_mm",
+    "label",
+    "mask",
+    "licence",
+    "redistributable",
+    "simulated",
 )
 """image and mask name the .npy shard (mask may be null), row the index in it; spacing_mm is square, in mm."""
 

@@ -16,8 +16,11 @@ from imaging.vocabulary import ContentType
 MAX_PIXELS = 4096 * 4096
 LITTLE_ENDIAN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 SUFFIXES = {
-    ".png": ContentType.PNG, ".dcm": ContentType.DICOM, ".nii": ContentType.NIFTI,
-    ".gz": ContentType.NIFTI, ".npy": ContentType.NPY,
+    ".png": ContentType.PNG,
+    ".dcm": ContentType.DICOM,
+    ".nii": ContentType.NIFTI,
+    ".gz": ContentType.NIFTI,
+    ".npy": ContentType.NPY,
 }
 
 
@@ -42,7 +45,9 @@ def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
     name = content_type.split(";")[0].strip().lower()
     readers: dict[str, Callable[[bytes], Image]] = {
         ContentType.PNG: lambda data: _read_png(data, png_offset),
-        ContentType.DICOM: _read_dicom, ContentType.NIFTI: _read_nifti, ContentType.NPY: _read_npy,
+        ContentType.DICOM: _read_dicom,
+        ContentType.NIFTI: _read_nifti,
+        ContentType.NPY: _read_npy,
     }
     if name not in readers:
         raise WrongType(
@@ -69,11 +74,14 @@ def _read_png(body: bytes, offset: float) -> Image:
                 raise WrongType(f"The PNG has mode {picture.mode}.", "Send 8 or 16 bit greyscale, no alpha.")
             if offset and picture.mode == "L":
                 raise WrongType(
-                    "An 8 bit PNG cannot hold Hounsfield units.", f"Send 16 bit PNG of HU {-offset:+.0f}, or DICOM."
+                    "An 8 bit PNG cannot hold Hounsfield units.",
+                    f"Send 16 bit PNG of HU {-offset:+.0f}, or DICOM.",
                 )
             pixels = np.asarray(picture, dtype=np.float32)
     except (OSError, SyntaxError, ValueError, zlib.error, Pillow.DecompressionBombError) as error:
-        raise Unreadable(f"The PNG cannot be read ({type(error).__name__}).", "Send a whole PNG file.") from error
+        raise Unreadable(
+            f"The PNG cannot be read ({type(error).__name__}).", "Send a whole PNG file."
+        ) from error
     return Image(pixels + np.float32(offset))
 
 
@@ -92,7 +100,9 @@ def _read_npy(body: bytes) -> Image:
         reader.seek(0)
         pixels = np.load(reader, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise Unreadable("The .npy cannot be read.", "Write it with numpy.save and send the whole file.") from error
+        raise Unreadable(
+            "The .npy cannot be read.", "Write it with numpy.save and send the whole file."
+        ) from error
     with np.errstate(over="ignore"):
         return Image(pixels.astype(np.float32))
 
@@ -116,12 +126,16 @@ def _read_nifti(body: bytes) -> Image:
         volume = nib.Nifti1Image.from_bytes(raw)
         shape = tuple(n for n in volume.shape if n != 1) or (1,)
         if volume.ndim > 3 or volume.ndim < 2 or (volume.ndim == 3 and volume.shape[2] != 1):
-            raise WrongShape(f"The NIfTI has shape {volume.shape}.", "Send one axial slice (i, j) or (i, j, 1).")
+            raise WrongShape(
+                f"The NIfTI has shape {volume.shape}.", "Send one axial slice (i, j) or (i, j, 1)."
+            )
         _bounded(*(shape + (1, 1))[:2])
         flips, spacing = _axial(np.asarray(volume.affine))
         pixels = np.asarray(volume.dataobj, dtype=np.float32).reshape(volume.shape[:2])
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise Unreadable("The NIfTI cannot be read.", "Send a whole NIfTI-1 file, .nii or .nii.gz.") from error
+        raise Unreadable(
+            "The NIfTI cannot be read.", "Send a whole NIfTI-1 file, .nii or .nii.gz."
+        ) from error
     across = pixels if flips[0] else pixels[::-1]
     down = across if flips[1] else across[:, ::-1]
     return Image(np.ascontiguousarray(down.T), spacing_mm=spacing)
@@ -134,7 +148,8 @@ def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool], tuple[float, float]]:
     codes = nib.aff2axcodes(affine)
     if codes[0] not in ("L", "R") or codes[1] not in ("A", "P"):
         raise WrongShape(
-            f"The NIfTI axes run to {''.join(str(c) for c in codes)}.", "Send an axial slice: i left-right, j front-back."
+            f"The NIfTI axes run to {''.join(str(c) for c in codes)}.",
+            "Send an axial slice: i left-right, j front-back.",
         )
     sizes = np.linalg.norm(affine[:3, :2], axis=0)
     return (codes[0] == "L", codes[1] == "P"), (float(sizes[1]), float(sizes[0]))
@@ -166,8 +181,17 @@ def _read_dicom(body: bytes) -> Image:
         )
     except ImageError:
         raise
-    except (pydicom.errors.InvalidDicomError, AttributeError, ValueError, TypeError, KeyError, OSError, EOFError,
-            NotImplementedError, RuntimeError) as error:
+    except (
+        pydicom.errors.InvalidDicomError,
+        AttributeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise Unreadable(
             f"The DICOM object cannot be read ({type(error).__name__}).", "Send a whole DICOM part 10 file."
         ) from error
@@ -179,4 +203,6 @@ def _upright(data: object) -> None:
     if orientation is None:
         return
     if not np.allclose([float(v) for v in orientation], [1, 0, 0, 0, 1, 0], atol=0.2):
-        raise WrongShape("The slice is not axial, or is turned.", "Send axial slices with orientation 1,0,0,0,1,0.")
+        raise WrongShape(
+            "The slice is not axial, or is turned.", "Send axial slices with orientation 1,0,0,0,1,0."
+        )

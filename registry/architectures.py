@@ -32,8 +32,12 @@ def _unet(architecture: Architecture, classes: int) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.unet = UNet(
-                spatial_dims=2, in_channels=1, out_channels=classes, channels=architecture.channels,
-                strides=(2,) * (len(architecture.channels) - 1), dropout=architecture.dropout,
+                spatial_dims=2,
+                in_channels=1,
+                out_channels=classes,
+                channels=architecture.channels,
+                strides=(2,) * (len(architecture.channels) - 1),
+                dropout=architecture.dropout,
             )
 
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,8 +68,16 @@ def _cnn(architecture: Architecture, classes: int) -> Any:
             wide = architecture.channels
             blocks: list[nn.Module] = []
             for position, (before, after) in enumerate(zip((1, *wide), wide, strict=False)):
-                blocks += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-                blocks += [nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+                blocks += [
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                ]
+                blocks += [
+                    nn.Conv2d(after, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                ]
                 blocks += [nn.MaxPool2d(2)] if position < len(wide) - 1 else []
             self.features = nn.Sequential(*blocks)
             self.dropout = nn.Dropout(architecture.dropout)

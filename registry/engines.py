@@ -51,11 +51,15 @@ class OpenVino:
         import openvino
 
         settings = {
-            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
         }
         self.name = f"openvino/{precision}"
-        self._request = openvino.Core().compile_model(folder / "model.onnx", "CPU", settings).create_infer_request()
+        self._request = (
+            openvino.Core().compile_model(folder / "model.onnx", "CPU", settings).create_infer_request()
+        )
 
     def run(self, batch: NDArray[np.float32]) -> Answers:
         """Answer a batch."""
@@ -117,12 +121,15 @@ def open_engine(folder: Path, engine: str, precision: str, threads: int = 1) -> 
         TrustError: the file cannot be compiled.
     """
     if engine not in ENGINES or precision not in ("f32", "bf16"):
-        raise ConfigError(f"No engine {engine}/{precision}.", f"Engines: {', '.join(ENGINES)}; precisions: f32, bf16.")
+        raise ConfigError(
+            f"No engine {engine}/{precision}.", f"Engines: {', '.join(ENGINES)}; precisions: f32, bf16."
+        )
     try:
         return ENGINES[engine](folder, precision, threads)
     except (OSError, RuntimeError, ValueError) as error:
         raise TrustError(
-            f"{engine} cannot open the package {folder.name[:12]} ({type(error).__name__}).", "Build it again."
+            f"{engine} cannot open the package {folder.name[:12]} ({type(error).__name__}).",
+            "Build it again.",
         ) from error
 
 
@@ -136,7 +143,9 @@ def check_answers(answers: Answers, contract: Contract, count: int) -> None:
     dense = (count, len(contract.classes), *spatial)
     shape = dense if contract.kind == "segmentation" else dense[:2]
     if answers.logits.shape != shape or answers.heat.shape != (count, *spatial):
-        raise TrustError(f"The engine answered with shape {answers.logits.shape}.", "Qualify the version again.")
+        raise TrustError(
+            f"The engine answered with shape {answers.logits.shape}.", "Qualify the version again."
+        )
     if not (np.isfinite(answers.logits).all() and np.isfinite(answers.heat).all()):
         raise TrustError("The engine answered NaN or infinity.", "Qualify the version again.")
 

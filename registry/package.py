@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from imaging.errors import TrustError
 from imaging.manifest import digest_file
 
-FILES = ("contract.json", "weights.safetensors", "model.onnx", "program.pt2", "golden.npz", "reference.parquet")
+FILES = (
+    "contract.json",
+    "weights.safetensors",
+    "model.onnx",
+    "program.pt2",
+    "golden.npz",
+    "reference.parquet",
+)
 
 
 @dataclass(frozen=True)

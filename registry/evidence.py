@@ -1,0 +1,111 @@
+"""The signed statements about one package, and whether they hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imaging.errors import TrustError
+from imaging.vocabulary import Statement
+from registry.ledger import Ledger, TrustedKey
+from registry.package import combine_digests, digest_files, statements_folder
+from registry.signing import Signer, seal, state, unseal
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a package, every part of it signed.
+
+    Attributes:
+        digest: of the package, sha256:...
+        statements: kind -> its body (in-toto's predicate).
+        signed_by: kind -> identity of the signer.
+    """
+
+    digest: str
+    statements: dict[str, dict[str, Any]]
+    signed_by: dict[str, str]
+
+    def body(self, kind: Statement) -> dict[str, Any]:
+        """The body of a statement.
+
+        Raises:
+            TrustError: there is no such statement.
+        """
+        if kind not in self.statements:
+            raise TrustError(
+                f"The package {self.digest[:19]} has no {kind} statement.",
+                "Run `formulary registry register` again.",
+            )
+        return self.statements[kind]
+
+
+def sign_statements(package: Path, bodies: dict[Statement, dict[str, Any]], signer: Signer) -> None:
+    """Sign what departments say of a package, into the folder beside it.
+
+    Args:
+        package: its folder on the shelf.
+        bodies: kind -> body.
+        signer: whose key signs.
+    """
+    files = digest_files(package)
+    folder = statements_folder(package)
+    folder.mkdir(exist_ok=True)
+    for kind, body in bodies.items():
+        envelope = seal(state(files, kind, body), signer)
+        draft = folder / f"{kind}.json.draft"
+        draft.write_text(json.dumps(envelope, indent=1) + "\n")
+        draft.rename(folder / f"{kind}.json")
+
+
+def read_evidence(package: Path, trusted: dict[str, TrustedKey]) -> Evidence:
+    """Open a package's statements, each checked against a trusted key and the files as they are now.
+
+    Raises:
+        TrustError: a file was changed, added or removed; a statement is about something else, unsigned, or
+            signed by a key that is not trusted.
+    """
+    files = digest_files(package)
+    keys = {key.key: key.public for key in trusted.values()}
+    statements: dict[str, dict[str, Any]] = {}
+    signed_by: dict[str, str] = {}
+    for path in sorted(statements_folder(package).glob("*.json")):
+        statement, key = unseal(_read_envelope(path), keys)
+        told = {item["name"]: item["digest"]["sha256"] for item in statement["subject"]}
+        if told != files:
+            changed = sorted(name for name in files | told if files.get(name) != told.get(name))
+            raise TrustError(
+                f"The package {package.name[:12]} is not what was signed: {', '.join(changed)} changed.",
+                "Restore var/packages from a backup, or register the version again.",
+            )
+        if statement["predicateType"] != f"formulary/{path.stem}/v1":
+            raise TrustError(
+                f"{path.name} is a {statement['predicateType']} statement.", "Register the version again."
+            )
+        statements[path.stem], signed_by[path.stem] = statement["predicate"], trusted[key].identity
+    return Evidence(combine_digests(files), statements, signed_by)
+
+
+def verify_package(package: Path, ledger: Ledger) -> Evidence:
+    """Refuse a package whose signature does not hold or which the ledger never registered.
+
+    Raises:
+        TrustError: as `read_evidence`; or no `package` statement; or a digest that is not in the ledger.
+    """
+    evidence = read_evidence(package, ledger.trusted_keys())
+    evidence.body(Statement.PACKAGE)
+    if evidence.digest not in {digest for _, _, digest, _ in ledger.versions()}:
+        raise TrustError(f"The package {evidence.digest[:19]} is not in the ledger.", "Register it first.")
+    return evidence
+
+
+def _read_envelope(path: Path) -> dict[str, Any]:
+    try:
+        envelope = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TrustError(f"{path.name} cannot be read.", "Register the version again.") from error
+    if not isinstance(envelope, dict):
+        raise TrustError(f"{path.name} is not an envelope.", "Register the version again.")
+    return envelope

@@ -1,0 +1,313 @@
+"""The ledger: an append-only, hash-chained, signed record of decisions.
+
+It is the only authority on which version serves where. Slots and versions are folded from it in the same
+transaction, so that reading them is one query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from imaging.errors import Conflict, TrustError, UnknownVersion
+from imaging.vocabulary import Decision, Slot
+from registry.database import open_database, writing
+from registry.signing import Signer, check_signature
+
+NETWORK = "*"
+GENESIS = "0" * 64
+
+
+@dataclass(frozen=True)
+class Event:
+    """One decision; `body` holds its facts, `hash` covers everything but the signature."""
+
+    seq: int
+    at: str
+    kind: str
+    task: str
+    actor: str
+    body: dict[str, Any]
+    key: str
+    previous: str
+    hash: str
+    signature: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A version in a slot: its number, its package digest (sha256:...) and since when (ISO 8601, UTC)."""
+
+    version: int
+    digest: str
+    since: str
+
+
+@dataclass(frozen=True)
+class TrustedKey:
+    """A public key that the ledger trusts, and whose it is."""
+
+    identity: str
+    key: str
+    public: str
+
+
+def open_ledger(var: Path) -> Ledger:
+    """The ledger under a var folder; it is made when there is none."""
+    return Ledger(open_database(var / "formulary.db", "registry"))
+
+
+class Ledger:
+    """Reads events and what is folded from them; `writing` opens the one transaction that may add to it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """A transaction that holds the write lock from its start; all of it happens or nothing.
+
+        Raises:
+            Conflict: another writer held the ledger for more than two seconds.
+        """
+        try:
+            with writing(self._engine).begin() as connection:
+                yield Writer(connection)
+        except OperationalError as error:
+            raise Conflict(
+                f"The ledger cannot be written ({error.orig}).", "Nothing was changed; try again."
+            ) from error
+
+    def has_events(self) -> bool:
+        """Whether anything was ever decided."""
+        return self.generation() > 0
+
+    def generation(self) -> int:
+        """A number that grows with every event."""
+        with self._engine.connect() as connection:
+            return int(connection.execute(text("SELECT COALESCE(MAX(seq), 0) FROM events")).scalar_one())
+
+    def events(self, task: str | None = None, kind: str | None = None, limit: int = -1) -> list[Event]:
+        """Events, oldest first; of one task, of one kind, the newest `limit`."""
+        query = text(
+            "SELECT * FROM (SELECT * FROM events WHERE (:task IS NULL OR task = :task) AND "
+            "(:kind IS NULL OR kind = :kind) ORDER BY seq DESC LIMIT :limit) ORDER BY seq"
+        )
+        with self._engine.connect() as connection:
+            rows = connection.execute(query, {"task": task, "kind": kind, "limit": limit}).mappings()
+            return [Event(**{**row, "body": json.loads(row["body"])}) for row in rows]
+
+    def slots(self, task: str) -> dict[str, dict[str, Placement]]:
+        """What is approved where: site -> slot -> placement. The network's own slots are under `NETWORK`."""
+        query = text(
+            "SELECT site, slot, version, digest, at FROM slots JOIN events ON seq = event WHERE slots.task = :task"
+        )
+        found: dict[str, dict[str, Placement]] = {}
+        with self._engine.connect() as connection:
+            for site, slot, version, digest, at in connection.execute(query, {"task": task}):
+                found.setdefault(site, {})[slot] = Placement(version, digest, at)
+        return found
+
+    def champions(self, task: str) -> dict[str, Placement]:
+        """What serves where: site -> champion. A site without an approved version is absent."""
+        slots = self.slots(task)
+        return {
+            site: held[Slot.CHAMPION]
+            for site, held in slots.items()
+            if site != NETWORK and Slot.CHAMPION in held
+        }
+
+    def versions(self, task: str | None = None) -> list[tuple[str, int, str, Event]]:
+        """Registered versions: (task, version, digest, the event that registered it), oldest first."""
+        return [
+            (event.task, int(event.body["version"]), str(event.body["digest"]), event)
+            for event in self.events(task, Decision.REGISTERED)
+        ]
+
+    def version(self, task: str, version: int) -> tuple[str, Event]:
+        """Digest of a version and the event that registered it.
+
+        Raises:
+            UnknownVersion: there is none.
+        """
+        known = self.versions(task)
+        for _, number, digest, event in known:
+            if number == version:
+                return digest, event
+        names = (
+            ", ".join(str(number) for _, number, _, _ in known) or "none; run `formulary registry register`"
+        )
+        raise UnknownVersion(f"{task} has no version {version}.", f"Versions: {names}.")
+
+    def trusted_keys(self) -> dict[str, TrustedKey]:
+        """Key id -> key, of every key that is trusted now."""
+        trusted: dict[str, TrustedKey] = {}
+        changes = self.events(kind=Decision.KEY_TRUSTED) + self.events(kind=Decision.KEY_REVOKED)
+        for event in sorted(changes, key=lambda change: change.seq):
+            _fold_key(trusted, event)
+        return trusted
+
+    def verify(self) -> int:
+        """Read the whole ledger again: chain, hashes and signatures.
+
+        Returns:
+            The number of events.
+
+        Raises:
+            TrustError: naming the first record that does not hold.
+        """
+        trusted: dict[str, TrustedKey] = {}
+        previous = GENESIS
+        events = self.events()
+        for number, event in enumerate(events, start=1):
+            if number == 1:
+                _fold_key(trusted, event)
+            if event.seq != number or event.previous != previous or event.hash != _hash(event):
+                raise TrustError(
+                    f"Ledger record {number} was changed.", "Restore var/formulary.db from a backup."
+                )
+            if event.key and not _signed(event, trusted):
+                raise TrustError(
+                    f"Ledger record {number} has a signature that does not hold.", "Restore a backup."
+                )
+            _fold_key(trusted, event)
+            previous = event.hash
+        return len(events)
+
+    def record_incident(self, fact: str, task: str, body: dict[str, Any], actor: str = "service") -> None:
+        """Write that something was wrong with trust. Unsigned: a serving process holds no key."""
+        with self.writing() as writer:
+            writer.append(Decision.INCIDENT, task, {"fact": fact, **body}, actor)
+
+    def pending(self) -> list[tuple[int, str, str, int]]:
+        """Outbox rows that MLflow has not seen: (row, task, site, version), oldest first."""
+        query = text("SELECT seq, task, site, version FROM outbox WHERE done IS NULL ORDER BY seq")
+        with self._engine.connect() as connection:
+            return [(int(row[0]), str(row[1]), str(row[2]), int(row[3])) for row in connection.execute(query)]
+
+    def settle(self, row: int) -> None:
+        """Mark an outbox row as mirrored."""
+        with writing(self._engine).begin() as connection:
+            connection.execute(
+                text("UPDATE outbox SET done = :at WHERE seq = :seq"), {"at": _now(), "seq": row}
+            )
+
+
+class Writer:
+    """What may be done inside the ledger's transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def append(self, kind: Decision, task: str, body: dict[str, Any], actor: Signer | str) -> Event:
+        """Add an event at the end of the chain, signed when the actor can sign."""
+        last = self._connection.execute(
+            text("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1")
+        ).first()
+        signer = actor if isinstance(actor, Signer) else None
+        draft = Event(
+            seq=(last[0] if last else 0) + 1, at=_now(), kind=kind, task=task,
+            actor=signer.identity if signer else str(actor), body=body, key=signer.key_id if signer else "",
+            previous=last[1] if last else GENESIS, hash="", signature="",
+        )  # fmt: skip
+        digest = _hash(draft)
+        signature = signer.sign(digest.encode()) if signer else ""
+        event = Event(**{**draft.__dict__, "hash": digest, "signature": signature})
+        self._connection.execute(
+            text(
+                "INSERT INTO events VALUES (:seq, :at, :kind, :task, :actor, :body, :key, :previous, :hash, :signature)"
+            ),
+            {**event.__dict__, "body": _canonical(body)},
+        )
+        return event
+
+    def latest(self, task: str, *kinds: Decision) -> Event | None:
+        """The newest event of these kinds for a task."""
+        marks = ", ".join(f"'{kind}'" for kind in kinds)
+        row = self._connection.execute(
+            text(f"SELECT * FROM events WHERE task = :task AND kind IN ({marks}) ORDER BY seq DESC LIMIT 1"),
+            {"task": task},
+        ).mappings().first()  # fmt: skip
+        return Event(**{**row, "body": json.loads(row["body"])}) if row else None
+
+    def number(self, task: str) -> int:
+        """The number that the next version of a task gets."""
+        query = text("SELECT COALESCE(MAX(version), 0) + 1 FROM versions WHERE task = :task")
+        return int(self._connection.execute(query, {"task": task}).scalar_one())
+
+    def find(self, task: str, digest: str) -> int | None:
+        """Version number of a digest, if it is registered."""
+        query = text("SELECT version FROM versions WHERE task = :task AND digest = :digest")
+        found = self._connection.execute(query, {"task": task, "digest": digest}).scalar()
+        return None if found is None else int(found)
+
+    def add_version(self, event: Event) -> None:
+        """Fold a `registered` event."""
+        self._connection.execute(
+            text("INSERT INTO versions VALUES (:task, :version, :digest, :event)"),
+            {
+                "task": event.task,
+                "version": event.body["version"],
+                "digest": event.body["digest"],
+                "event": event.seq,
+            },
+        )
+
+    def place(self, event: Event, site: str, slot: Slot, placement: Placement | None) -> None:
+        """Put a version into a slot, or empty it; a champion's move is queued for MLflow."""
+        where = {"task": event.task, "site": site, "slot": slot}
+        self._connection.execute(
+            text("DELETE FROM slots WHERE task=:task AND site=:site AND slot=:slot"), where
+        )
+        if placement is None:
+            return
+        row = {**where, "version": placement.version, "digest": placement.digest, "event": event.seq}
+        self._connection.execute(
+            text("INSERT INTO slots VALUES (:task, :site, :slot, :version, :digest, :event)"), row
+        )
+        if slot is Slot.CHAMPION:
+            self._connection.execute(
+                text(
+                    "INSERT INTO outbox (event, task, site, version) VALUES (:event, :task, :site, :version)"
+                ),
+                row,
+            )
+
+
+def _fold_key(trusted: dict[str, TrustedKey], event: Event) -> None:
+    if event.kind == Decision.KEY_TRUSTED:
+        body = event.body
+        trusted[body["key"]] = TrustedKey(body["identity"], body["key"], body["public"])
+    elif event.kind == Decision.KEY_REVOKED:
+        trusted.pop(event.body["key"], None)
+
+
+def _signed(event: Event, trusted: dict[str, TrustedKey]) -> bool:
+    key = trusted.get(event.key)
+    return bool(
+        key
+        and key.identity == event.actor
+        and check_signature(key.public, event.hash.encode(), event.signature)
+    )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _hash(event: Event) -> str:
+    facts = [event.seq, event.at, event.kind, event.task, event.actor, event.body, event.key, event.previous]
+    return hashlib.sha256(_canonical(facts).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

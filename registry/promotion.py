@@ -1,0 +1,216 @@
+"""The life of a version: registered, asked for, approved by a second person, rolled back. Each is one event."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imaging.config import Places, Sites
+from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError
+from imaging.vocabulary import Decision, Slot, Statement
+from registry.evidence import Evidence, sign_statements, verify_package
+from registry.gates import Verdict, judge
+from registry.ledger import NETWORK, Event, Ledger, Placement, Writer
+from registry.package import digest_package, shelf, shelve
+from registry.policy import Policy
+from registry.provenance import describe_provenance
+from registry.signing import Signer
+
+STAGES = {
+    Statement.EVALUATION: ("evaluate", "evaluation.json"),
+    Statement.QUALIFICATION: ("qualify", "qualification.json"),
+    Statement.ALARMS: ("reference", "alarms.json"),
+}
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A registered version; `new` is False when the digest was known already."""
+
+    task: str
+    version: int
+    digest: str
+    new: bool
+
+
+def register(places: Places, ledger: Ledger, task: str, signer: Signer) -> Registration:
+    """Sign what the pipeline made and give it a number. Idempotent by digest. Nobody trusts it yet.
+
+    Raises:
+        DataError: a stage has not run, or speaks of another package.
+        TrustError: the package on the shelf was changed.
+    """
+    source = places.stage(task, "package")
+    digest = digest_package(source)
+    bodies = {kind: _read_body(places, task, kind, digest) for kind in STAGES}
+    package = shelve(source, places.var)
+    with ledger.writing() as writer:
+        known = writer.find(task, digest)
+        if known is not None:
+            return Registration(task, known, digest, new=False)
+        statement = describe_provenance(places, task)
+        sign_statements(package, {Statement.PACKAGE: statement, **bodies}, signer)
+        number = writer.number(task)
+        body = {"version": number, "digest": digest, "commit": statement["commit"]}
+        writer.add_version(writer.append(Decision.REGISTERED, task, body, signer))
+    return Registration(task, number, digest, new=True)
+
+
+def request(
+    ledger: Ledger, var: Path, event: Event, judged: tuple[Policy, str, Sites], signer: Signer
+) -> tuple[Verdict, Event | None]:
+    """Ask for a version: run the gate and write its verdict.
+
+    Args:
+        ledger: where the verdict goes.
+        var: where packages are kept.
+        event: the one that registered the version.
+        judged: policy, its digest, and the sites.
+        signer: who asks.
+
+    Returns:
+        The verdict, and the event; no event when the version is champion at every site that passes.
+
+    Raises:
+        Refused: no site passes; the reasons stand in the ledger too.
+        TrustError: the package or a statement does not hold.
+    """
+    policy, policy_digest, sites = judged
+    task, number, digest = event.task, int(event.body["version"]), str(event.body["digest"])
+    verdict = judge(_verified(ledger, var, digest), policy, sites)
+    champions = ledger.champions(task)
+    wanted = verdict.approvable
+    if wanted and all(name in champions and champions[name].version == number for name in wanted):
+        return verdict, None
+    body = {
+        "version": number, "digest": digest, "policy": policy_digest, "approvers": list(policy.approvers),
+        "verdict": verdict.model_dump(mode="json"), "sites": wanted,
+    }  # fmt: skip
+    with ledger.writing() as writer:
+        asked = writer.append(Decision.REQUESTED if wanted else Decision.REFUSED, task, body, signer)
+    if not wanted:
+        reasons = "; ".join(verdict.network.reasons)
+        raise Refused(
+            f"{task} v{number} passes at no site: {reasons}.", "Nothing changed; train a better one."
+        )
+    return verdict, asked
+
+
+def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Signer, str]) -> list[str]:
+    """Agree to what somebody else asked for: the slots of the approved sites move in one transaction.
+
+    Args:
+        ledger: where the decision goes.
+        var: where packages are kept.
+        task: the task.
+        version: the number asked for.
+        reason: who agrees, and why.
+
+    Returns:
+        The sites where the version serves now.
+
+    Raises:
+        Forbidden: the approver asked for it, made it, or is not among the policy's approvers.
+        Conflict: nobody asked, or something was decided since.
+        TrustError: the package or a statement does not hold any more.
+    """
+    signer, because = reason
+    digest, registered = ledger.version(task, version)
+    _verified(ledger, var, digest)
+    with ledger.writing() as writer:
+        kinds = (Decision.REQUESTED, Decision.REFUSED, Decision.APPROVED, Decision.ROLLED_BACK)
+        asked = writer.latest(task, *kinds)
+        if asked is None or asked.kind != Decision.REQUESTED or asked.body["version"] != version:
+            last = (
+                f"the last decision is {asked.kind} v{asked.body['version']} by {asked.actor}"
+                if asked
+                else "none"
+            )
+            raise Conflict(
+                f"Nothing is open for {task} v{version}: {last}.",
+                f"Ask: formulary registry promote {task} {version}",
+            )
+        _second_person(signer, asked, registered)
+        body = {"version": version, "digest": digest, "because": because, "asked": asked.seq,
+                "sites": asked.body["sites"]}  # fmt: skip
+        event = writer.append(Decision.APPROVED, task, body, signer)
+        held = ledger.slots(task)
+        for site in [NETWORK, *asked.body["sites"]]:
+            _move(writer, event, site, held.get(site, {}), Placement(version, digest, event.at))
+    return list(asked.body["sites"])
+
+
+def roll_back(
+    ledger: Ledger, var: Path, task: str, site: str | None, reason: tuple[Signer, str]
+) -> dict[str, int]:
+    """Put the previous champion back, at one site or wherever there is one. One person suffices: it is an emergency.
+
+    Returns:
+        Site -> version that serves now.
+
+    Raises:
+        RegistryError: no previous version there.
+        TrustError: the previous version does not hold any more.
+    """
+    signer, because = reason
+    held = ledger.slots(task)
+    chosen = [name for name in held if Slot.PREVIOUS in held[name] and site in (None, name)]
+    if not chosen:
+        raise RegistryError(
+            f"{task} has no previous version at {site or 'any site'}.", "See `formulary registry history`."
+        )
+    for name in chosen:
+        _verified(ledger, var, held[name][Slot.PREVIOUS].digest)
+    with ledger.writing() as writer:
+        moves = {name: held[name][Slot.PREVIOUS].version for name in chosen}
+        now = ledger.slots(task)
+        if now != held:
+            raise Conflict(
+                f"The slots of {task} moved meanwhile.", "Look at `formulary registry history`; try again."
+            )
+        version = max(moves.values())
+        body = {"version": version, "sites": moves, "because": because}
+        event = writer.append(Decision.ROLLED_BACK, task, body, signer)
+        for name in chosen:
+            back, gone = held[name][Slot.PREVIOUS], held[name][Slot.CHAMPION]
+            writer.place(event, name, Slot.CHAMPION, Placement(back.version, back.digest, event.at))
+            writer.place(event, name, Slot.PREVIOUS, gone)
+    return moves
+
+
+def _move(writer: Writer, event: Event, site: str, held: dict[str, Placement], new: Placement) -> None:
+    """Set the champion of a site; what served before becomes `previous`."""
+    old = held.get(Slot.CHAMPION)
+    if old and old.digest == new.digest:
+        return
+    writer.place(event, site, Slot.CHAMPION, new)
+    if old:
+        writer.place(event, site, Slot.PREVIOUS, old)
+
+
+def _second_person(signer: Signer, asked: Event, registered: Event) -> None:
+    if signer.identity in (asked.actor, registered.actor) or signer.key_id in (asked.key, registered.key):
+        raise Forbidden(
+            f"{signer.identity} made or asked for this version.", "Another person approves: --identity NAME."
+        )
+    allowed = asked.body["approvers"]
+    if allowed and signer.identity not in allowed:
+        raise Forbidden(f"{signer.identity} may not approve.", f"The policy names {', '.join(allowed)}.")
+
+
+def _verified(ledger: Ledger, var: Path, digest: str) -> Evidence:
+    return verify_package(shelf(var, digest), ledger)
+
+
+def _read_body(places: Places, task: str, kind: Statement, digest: str) -> dict[str, Any]:
+    stage, name = STAGES[kind]
+    path = places.stage(task, stage) / name
+    try:
+        body: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read.", "Run `dvc repro` first.") from error
+    if body.get("package") != digest:
+        raise DataError(f"{path} speaks of another package.", "Run `dvc repro`; it makes the stages agree.")
+    return body
