@@ -105,7 +105,7 @@ def bootstrap_mean(
 
     kept = np.isfinite(values)
     means = np.array([group.mean() for group in group_by_subject(values[kept], subjects[kept])])
-    facts = {"subjects": len(means), "confidence": confidence}
+    facts: dict[str, Any] = {"subjects": len(means), "confidence": confidence}
     if len(means) < 2 or np.ptp(means) == 0:
         middle = float(means.mean()) if len(means) else 0.0
         return Estimate(estimate=middle, low=0.0, high=1.0, method="too few subjects", **facts)

@@ -59,4 +59,4 @@ def prepare(pixels: NDArray[np.float32], preparation: Window | Percentiles) -> N
         low, high = (float(v) for v in np.percentile(pixels, [preparation.low, preparation.high]))
         limit = 1.5
     scaled = (pixels - np.float32(low)) * np.float32(2 / max(high - low, 1e-6)) - np.float32(1)
-    return np.clip(scaled, -limit, limit).astype(np.float32)[None]
+    return np.asarray(np.clip(scaled, -limit, limit)[None], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Bytes become an Image, or an error that says what to send instead. No URL is ever fetched, no pickle opened."""
+"""Bytes become an Image, or an error that says what to send instead. No URL is fetched, no pickle opened."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def _read_nifti(body: bytes) -> Image:
             raise WrongShape(
                 f"The NIfTI has shape {volume.shape}.", "Send one axial slice (i, j) or (i, j, 1)."
             )
-        _bounded(*(shape + (1, 1))[:2])
+        _bounded(*(*shape, 1, 1)[:2])
         flips, spacing = _axial(np.asarray(volume.affine))
         pixels = np.asarray(volume.dataobj, dtype=np.float32).reshape(volume.shape[:2])
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
@@ -158,47 +159,51 @@ def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool], tuple[float, float]]:
 def _read_dicom(body: bytes) -> Image:
     import pydicom
 
+    broken = (pydicom.errors.InvalidDicomError, AttributeError, ValueError, TypeError, KeyError, OSError)
     try:
-        data = pydicom.dcmread(io.BytesIO(body))
-        syntax = str(data.file_meta.TransferSyntaxUID)
-        if syntax not in LITTLE_ENDIAN:
-            raise WrongType(
-                f"Transfer syntax {pydicom.uid.UID(syntax).name} is not taken.",
-                "Send Implicit or Explicit VR Little Endian, uncompressed.",
-            )
-        _bounded(int(data.Rows), int(data.Columns))
-        if int(data.get("NumberOfFrames", 1) or 1) != 1 or int(data.get("SamplesPerPixel", 1)) != 1:
-            raise WrongShape("The DICOM object has several frames or colours.", "Send one greyscale slice.")
-        _upright(data)
-        stored = data.pixel_array.astype(np.float32)
-        slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
-        spacing = data.get("PixelSpacing")
-        image = Image(
-            stored * np.float32(slope) + np.float32(intercept),
-            spacing_mm=(float(spacing[0]), float(spacing[1])) if spacing else None,
-            modality=str(data.get("Modality", "")) or None,
-            subject=str(data.get("PatientID", "")) or None,
-        )
+        stream = io.BytesIO(body)
+        _check_syntax(stream)
+        return _open_dicom(pydicom.dcmread(stream))
     except ImageError:
         raise
-    except (
-        pydicom.errors.InvalidDicomError,
-        AttributeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        OSError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except (*broken, EOFError, NotImplementedError, RuntimeError, OverflowError) as error:
         raise Unreadable(
             f"The DICOM object cannot be read ({type(error).__name__}).", "Send a whole DICOM part 10 file."
         ) from error
-    return image
 
 
-def _upright(data: object) -> None:
+def _check_syntax(stream: io.BytesIO) -> None:
+    """Read the file's meta group alone: a deflated body must be refused before it is inflated."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import UID
+
+    read_preamble(stream, force=False)
+    meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    syntax = UID(meta.TransferSyntaxUID)
+    stream.seek(0)
+    if syntax not in LITTLE_ENDIAN:
+        raise WrongType(
+            f"Transfer syntax {syntax.name[:60]} is not taken.",
+            "Send Implicit or Explicit VR Little Endian, uncompressed.",
+        )
+
+
+def _open_dicom(data: Any) -> Image:
+    _bounded(int(data.Rows), int(data.Columns))
+    if int(data.get("NumberOfFrames", 1) or 1) != 1 or int(data.get("SamplesPerPixel", 1)) != 1:
+        raise WrongShape("The DICOM object has several frames or colours.", "Send one greyscale slice.")
+    _upright(data)
+    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+    spacing = data.get("PixelSpacing")
+    return Image(
+        data.pixel_array.astype(np.float32) * np.float32(slope) + np.float32(intercept),
+        spacing_mm=(float(spacing[0]), float(spacing[1])) if spacing else None,
+        modality=str(data.get("Modality", "")) or None,
+        subject=str(data.get("PatientID", "")) or None,
+    )
+
+
+def _upright(data: Any) -> None:
     orientation = getattr(data, "ImageOrientationPatient", None)
     if orientation is None:
         return

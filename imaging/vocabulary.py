@@ -1,4 +1,4 @@
-"""The closed vocabularies of the house: the only place for such strings. Tasks and sites are YAML, not here."""
+"""The closed vocabularies of the house: the only place for such strings. Tasks and sites are YAML."""
 
 from enum import StrEnum
 

@@ -1,4 +1,4 @@
-"""Who acts. An identity is a name with a key that the ledger trusts; without the key nobody acts under the name."""
+"""Who acts. An identity is a name with a key that the ledger trusts; without the key nobody is it."""
 
 from __future__ import annotations
 

@@ -49,16 +49,16 @@ def _unet(architecture: Architecture, classes: int) -> Any:
             return logits, heat, kept[0].mean((2, 3))
 
         def _bottom(self) -> torch.nn.Module:
-            block: Any = self.unet.model
+            block: torch.nn.Module = self.unet.model
             for _ in range(len(architecture.channels) - 1):
-                block = block[1].submodule
+                block = getattr(block, "1").submodule  # MONAI nests: down, (skip, below), up
             return block
 
     return Segmenter()
 
 
 def _cnn(architecture: Architecture, classes: int) -> Any:
-    """Plain convolutions and a linear layer on their maximum and mean; heat is the class activation of class 1."""
+    """Convolutions, a linear layer on their maximum and mean; heat is the class activation of class 1."""
     import torch
     from torch import nn
 

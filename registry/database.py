@@ -33,7 +33,7 @@ def open_database(path: Path, department: str) -> Engine:
 
 
 def writing(engine: Engine) -> Engine:
-    """The same engine for transactions that write: they take the write lock at once, so they never fail late."""
+    """The same engine for transactions that write: they take the write lock at once, never late."""
     return engine.execution_options(writing=True)
 
 

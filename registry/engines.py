@@ -5,6 +5,7 @@ An engine is chosen by configuration and never replaced silently: what cannot be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,7 +105,11 @@ class Torch:
             return Answers(*(out.numpy() for out in self._network(self._torch.from_numpy(batch))))
 
 
-ENGINES = {"openvino": OpenVino, "onnxruntime": OnnxRuntime, "torch": Torch}
+ENGINES: dict[str, Callable[[Path, str, int], Engine]] = {
+    "openvino": OpenVino,
+    "onnxruntime": OnnxRuntime,
+    "torch": Torch,
+}
 
 
 def open_engine(folder: Path, engine: str, precision: str, threads: int = 1) -> Engine:

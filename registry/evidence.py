@@ -9,7 +9,8 @@ from typing import Any
 
 from imaging.errors import TrustError
 from imaging.vocabulary import Statement
-from registry.ledger import Ledger, TrustedKey
+from registry.events import TrustedKey
+from registry.ledger import Ledger
 from registry.package import combine_digests, digest_files, statements_folder
 from registry.signing import Signer, seal, state, unseal
 

@@ -6,7 +6,6 @@ transaction, so that reading them is one query.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,26 +20,10 @@ from sqlalchemy.exc import OperationalError
 from imaging.errors import Conflict, TrustError, UnknownVersion
 from imaging.vocabulary import Decision, Slot
 from registry.database import open_database, writing
-from registry.signing import Signer, check_signature
+from registry.events import GENESIS, Event, TrustedKey, canonical, digest_event, fold_key, is_signed
+from registry.signing import Signer
 
 NETWORK = "*"
-GENESIS = "0" * 64
-
-
-@dataclass(frozen=True)
-class Event:
-    """One decision; `body` holds its facts, `hash` covers everything but the signature."""
-
-    seq: int
-    at: str
-    kind: str
-    task: str
-    actor: str
-    body: dict[str, Any]
-    key: str
-    previous: str
-    hash: str
-    signature: str
 
 
 @dataclass(frozen=True)
@@ -50,15 +33,6 @@ class Placement:
     version: int
     digest: str
     since: str
-
-
-@dataclass(frozen=True)
-class TrustedKey:
-    """A public key that the ledger trusts, and whose it is."""
-
-    identity: str
-    key: str
-    public: str
 
 
 def open_ledger(var: Path) -> Ledger:
@@ -109,7 +83,8 @@ class Ledger:
     def slots(self, task: str) -> dict[str, dict[str, Placement]]:
         """What is approved where: site -> slot -> placement. The network's own slots are under `NETWORK`."""
         query = text(
-            "SELECT site, slot, version, digest, at FROM slots JOIN events ON seq = event WHERE slots.task = :task"
+            "SELECT site, slot, version, digest, at FROM slots JOIN events ON seq = event "
+            "WHERE slots.task = :task"
         )
         found: dict[str, dict[str, Placement]] = {}
         with self._engine.connect() as connection:
@@ -153,7 +128,7 @@ class Ledger:
         trusted: dict[str, TrustedKey] = {}
         changes = self.events(kind=Decision.KEY_TRUSTED) + self.events(kind=Decision.KEY_REVOKED)
         for event in sorted(changes, key=lambda change: change.seq):
-            _fold_key(trusted, event)
+            fold_key(trusted, event)
         return trusted
 
     def verify(self) -> int:
@@ -170,16 +145,16 @@ class Ledger:
         events = self.events()
         for number, event in enumerate(events, start=1):
             if number == 1:
-                _fold_key(trusted, event)
-            if event.seq != number or event.previous != previous or event.hash != _hash(event):
+                fold_key(trusted, event)
+            if event.seq != number or event.previous != previous or event.hash != digest_event(event):
                 raise TrustError(
                     f"Ledger record {number} was changed.", "Restore var/formulary.db from a backup."
                 )
-            if event.key and not _signed(event, trusted):
+            if event.key and not is_signed(event, trusted):
                 raise TrustError(
                     f"Ledger record {number} has a signature that does not hold.", "Restore a backup."
                 )
-            _fold_key(trusted, event)
+            fold_key(trusted, event)
             previous = event.hash
         return len(events)
 
@@ -219,14 +194,15 @@ class Writer:
             actor=signer.identity if signer else str(actor), body=body, key=signer.key_id if signer else "",
             previous=last[1] if last else GENESIS, hash="", signature="",
         )  # fmt: skip
-        digest = _hash(draft)
+        digest = digest_event(draft)
         signature = signer.sign(digest.encode()) if signer else ""
         event = Event(**{**draft.__dict__, "hash": digest, "signature": signature})
         self._connection.execute(
             text(
-                "INSERT INTO events VALUES (:seq, :at, :kind, :task, :actor, :body, :key, :previous, :hash, :signature)"
+                "INSERT INTO events VALUES "
+                "(:seq, :at, :kind, :task, :actor, :body, :key, :previous, :hash, :signature)"
             ),
-            {**event.__dict__, "body": _canonical(body)},
+            {**event.__dict__, "body": canonical(body)},
         )
         return event
 
@@ -281,32 +257,6 @@ class Writer:
                 ),
                 row,
             )
-
-
-def _fold_key(trusted: dict[str, TrustedKey], event: Event) -> None:
-    if event.kind == Decision.KEY_TRUSTED:
-        body = event.body
-        trusted[body["key"]] = TrustedKey(body["identity"], body["key"], body["public"])
-    elif event.kind == Decision.KEY_REVOKED:
-        trusted.pop(event.body["key"], None)
-
-
-def _signed(event: Event, trusted: dict[str, TrustedKey]) -> bool:
-    key = trusted.get(event.key)
-    return bool(
-        key
-        and key.identity == event.actor
-        and check_signature(key.public, event.hash.encode(), event.signature)
-    )
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _hash(event: Event) -> str:
-    facts = [event.seq, event.at, event.kind, event.task, event.actor, event.body, event.key, event.previous]
-    return hashlib.sha256(_canonical(facts).encode()).hexdigest()
 
 
 def _now() -> str:

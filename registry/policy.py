@@ -77,9 +77,9 @@ def explain_policy(policy: Policy) -> list[str]:
     for where, bounds in places:
         asked = ", ".join(f"{metric.replace('_', ' ')} {low:g}" for metric, low in bounds.low.items())
         sentences.append(
-            f"{where}, with at least {bounds.subjects} subjects, the lower end of the interval must reach {asked}."
+            f"{where}, on at least {bounds.subjects} subjects, the interval's lower end must reach {asked}."
         )
     sentences.append(f"Signed statements: {', '.join(policy.statements)}.")
     who = ", ".join(policy.approvers) if policy.approvers else "anyone"
-    sentences.append(f"A second person approves: {who}, but neither the author nor who asked.")
+    sentences.append(f"A second person approves: {who}, not the author and not who asked.")
     return sentences

@@ -1,4 +1,4 @@
-"""The life of a version: registered, asked for, approved by a second person, rolled back. Each is one event."""
+"""The life of a version: registered, asked for, approved by a second person, rolled back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from imaging.config import Places, Sites
 from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError
 from imaging.vocabulary import Decision, Slot, Statement
+from registry.events import Event
 from registry.evidence import Evidence, sign_statements, verify_package
 from registry.gates import Verdict, judge
-from registry.ledger import NETWORK, Event, Ledger, Placement, Writer
+from registry.ledger import NETWORK, Ledger, Placement, Writer
 from registry.package import digest_package, shelf, shelve
 from registry.policy import Policy
 from registry.provenance import describe_provenance
@@ -145,7 +146,7 @@ def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Si
 def roll_back(
     ledger: Ledger, var: Path, task: str, site: str | None, reason: tuple[Signer, str]
 ) -> dict[str, int]:
-    """Put the previous champion back, at one site or wherever there is one. One person suffices: it is an emergency.
+    """Put the previous champion back, at one site or wherever there is one. One person suffices.
 
     Returns:
         Site -> version that serves now.

@@ -1,4 +1,4 @@
-"""Where a version comes from: commit, data, parameters and environment, as they were when it was registered."""
+"""Where a version comes from: commit, data, parameters and environment when it was registered."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ def describe_provenance(places: Places, task: str) -> dict[str, Any]:
 
     Returns:
         commit ("unknown" outside git) and whether the tree differed from it; what dvc.lock says of the task's
-        stages (md5 of every dependency and output); parameters; sha256 of the requirements and dvc.lock; Python
-        and machine; the training history.
+        stages (md5 of every dependency and output); parameters; sha256 of the requirements and dvc.lock;
+        Python and machine; the training history.
     """
     commit = _git(places.root, "rev-parse", "HEAD")
+    changed = _git(places.root, "status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")
     return {
         "task": task,
         "commit": commit or "unknown",
-        "modified": bool(_git(places.root, "status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")),
+        "modified": bool(changed),
         "stages": _read_stages(places.root / "dvc.lock", task),
         "dvc_lock": _digest(places.root / "dvc.lock"),
-        "environment": {"requirements": _digest(places.root / "requirements.lock"), "python": platform.python_version(),
+        "environment": {"requirements": _digest(places.root / "requirements.lock"),
+                        "python": platform.python_version(),
                         "machine": platform.machine()},
         "params": read_params(places).task(task).model_dump(mode="json"),
         "history": json.loads((places.stage(task, "fit") / "history.json").read_text()),
@@ -46,7 +48,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_stages(lock: Path, task: str) -> dict[str, dict[str, str]]:
-    """stage -> path -> md5, of the stages of a task as DVC ran them."""
+    """Stage -> path -> md5, of the stages of a task as DVC ran them."""
     if not lock.exists():
         return {}
     stages = yaml.safe_load(lock.read_text())["stages"]

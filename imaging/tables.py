@@ -1,0 +1,16 @@
+"""Tables in a terminal, the same in every department."""
+
+from __future__ import annotations
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print rows under a title; without rows, say so."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table if rows else f"{title}: none yet")

@@ -1,0 +1,243 @@
+"""The main job end to end, as a user would do it: every step is a command of this platform, run for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from monitoring.journal import open_journal
+
+from imaging.config import Params, Places, Sites
+from imaging.errors import DataError, NotReady
+from registry.ledger import open_ledger
+from services.demo_report import print_table, write_pages
+from services.stack import PORTS, Stack, free_port, is_free, stack_environment
+from services.traffic import Answered, send_traffic
+
+AUTHOR, APPROVER = "author@demo", "approver@demo"
+SUBJECTS, CHANGE_AT = 200, 100
+
+
+Verdicts = dict[tuple[str, str], Any]
+
+
+class Demo:
+    """One run of the demo.
+
+    Args:
+        places: the checkout.
+        params: its params.yaml.
+        sites: its sites.yaml.
+        tasks: which tasks to run, all of them in params.yaml.
+        subjects: how many new subjects each site sends.
+    """
+
+    def __init__(
+        self, places: Places, params: Params, sites: Sites, tasks: tuple[str, ...], subjects: int
+    ) -> None:
+        from rich.console import Console
+
+        self._places, self._params, self._sites = places, params, sites
+        self._tasks, self._subjects = tasks, subjects
+        self._console = Console()
+        self._started = time.monotonic()
+        self._step = 0
+
+    def run(self) -> dict[str, Any]:
+        """Do it all.
+
+        Returns:
+            What var/demo.json holds.
+
+        Raises:
+            FormularyError: a step did not do its work; the message names its log.
+        """
+        self._say(
+            "pipeline",
+            "dvc repro, from cohort to calibrated alarms",
+        )
+        self._repro()
+        self._say("registry", f"asked for by {AUTHOR}, approved by {APPROVER}")
+        gates = self._promote()
+        self._say(
+            "traffic", f"{self._subjects} new subjects a site; one scanner at site east changes on the way"
+        )
+        folders = {task: self._make_traffic(task) for task in self._tasks}
+        ports = {name: port if is_free(port) else free_port() for name, port in PORTS.items()}
+        with Stack(self._places, ports, ("mlflow", "mirror", "gateway", "monitor")) as stack:
+            facts = self._serve(stack, folders)
+        self._say("reports", "")
+        told = self._tell(gates, facts)
+        print_table(self._console, told, self._places)
+        return told
+
+    def _say(self, name: str, about: str) -> None:
+        self._step += 1
+        spent = time.monotonic() - self._started
+        self._console.print(
+            f"[bold]{self._step} {name:<10}[/] {about}  [dim]at {spent:.0f} s[/]", highlight=False
+        )
+
+    def _command(self, *arguments: str) -> str:
+        """Run `formulary ...`; a failure shows what it said."""
+        command = [sys.executable, "-m", "formulary", *arguments]
+        done = subprocess.run(command, cwd=self._places.root, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DataError(f"formulary {' '.join(arguments)} failed:\n{done.stderr.strip()[-2000:]}", "")
+        return done.stdout
+
+    def _repro(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        log = self._places.var / "log" / "repro.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stages = [f"{stage}@{task}" for task in self._tasks for stage in _stage_names(self._places)]
+        columns = (TextColumn("  {task.description:<28}"), BarColumn(), TimeElapsedColumn())
+        with log.open("w") as kept, Progress(*columns, console=self._console) as progress:
+            bar = progress.add_task("dvc repro", total=len(stages))
+            child = subprocess.Popen(
+                ["dvc", "repro", *stages], cwd=self._places.root, env=stack_environment({}), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            for line in child.stdout or ():
+                kept.write(line)
+                if line.startswith(("Running stage", "Stage '")):
+                    progress.update(bar, advance=1, description=line.split("'")[1])
+            if child.wait():
+                raise DataError(f"dvc repro failed with code {child.returncode}.", f"Read {log}")
+            progress.update(bar, completed=len(stages), description="dvc repro")
+
+    def _promote(self) -> dict[str, dict[str, Any]]:
+        """Register, ask and approve each task's version; a refusal by the gate is work done."""
+        for identity in (AUTHOR, APPROVER):
+            self._command("registry", "keys", "create", "--identity", identity)
+        gates = {}
+        for task in self._tasks:
+            self._command("registry", "register", "--task", task, "--identity", AUTHOR)
+            listed = json.loads(self._command("registry", "list", "--task", task, "--json"))
+            number = str(self._registered(task, listed))
+            verdict = json.loads(self._command("registry", "promote", task, number, "--dry-run", "--json"))
+            if any(found["passed"] for found in verdict["sites"].values()):
+                asked = json.loads(
+                    self._command("registry", "promote", task, number, "--json", "--identity", AUTHOR)
+                )["asked"]
+                if asked is not None:
+                    because = ("--because", "The gate's reasons were read; demo.")
+                    self._command("registry", "approve", task, number, "--identity", APPROVER, *because)
+            gates[task] = {**verdict, "version": int(number)}
+        return gates
+
+    def _registered(self, task: str, listed: list[dict[str, Any]]) -> int:
+        """Number of the version whose package the pipeline holds now."""
+        from registry.package import digest_package
+
+        digest = digest_package(self._places.stage(task, "package"))
+        return next(int(row["version"]) for row in listed if row["digest"] == digest)
+
+    def _make_traffic(self, task: str) -> Path:
+        section = self._params.task(task).cohort
+        name = f"{section.builder}-{section.seed}-{self._subjects}"
+        folder = self._places.var / "demo" / "traffic" / name
+        if not (folder / "traffic.parquet").exists():
+            change = str(self._subjects * CHANGE_AT // SUBJECTS)
+            how = ("--subjects", str(self._subjects), "--change-at", change, "--out", str(folder))
+            self._command("training", "traffic", "--task", task, *how)
+        return folder
+
+    def _serve(self, stack: Stack, folders: dict[str, Path]) -> dict[str, Any]:
+        from rich.progress import Progress
+
+        address = stack.wait_until_ready("gateway", "/readyz")
+        self._say("gateway", address)
+        before = open_journal(self._places.var).last_seq()
+        answers: dict[str, dict[str, Answered]] = {}
+        with Progress(console=self._console) as progress:
+            for task, folder in folders.items():
+                bar = progress.add_task(f"  {task:<26}", total=self._subjects * len(self._sites.sites))
+                answers[task] = send_traffic(address, task, folder, lambda bar=bar: progress.advance(bar))
+        self._say("monitor", "Evidently compares each site with its reference")
+        verdicts = self._wait_for_verdicts(answers, before)
+        self._say("mlflow", stack.wait_until_ready("mlflow", "/health"))
+        self._wait_for_mirror()
+        return {"answers": answers, "verdicts": verdicts, "address": address}
+
+    def _wait_for_verdicts(
+        self, answers: dict[str, dict[str, Answered]], before: int
+    ) -> dict[tuple[str, str], Any]:
+        """Until every site that got answers has a verdict over all of them."""
+        wanted = {
+            (task, site) for task, sites in answers.items() for site, got in sites.items() if got.answers
+        }
+        journal = open_journal(self._places.var)
+        with self._console.status("waiting for the monitor's verdicts"):
+            deadline = time.monotonic() + 180
+            while time.monotonic() < deadline:
+                found = {
+                    (row.task, row.site): row for row in journal.newest_verdicts() if row.last_seq > before
+                }
+                ends = {key: journal.last_seq(*key) for key in wanted}
+                if all(key in found and found[key].last_seq >= ends[key] for key in wanted):
+                    return {key: found[key] for key in wanted}
+                time.sleep(1)
+        raise NotReady(
+            "The monitor gave no verdict within 180 s.", f"Read {self._places.var / 'log'}/monitor.log"
+        )
+
+    def _wait_for_mirror(self) -> None:
+        """Until MLflow knows every move of the ledger."""
+        deadline = time.monotonic() + 60
+        ledger = open_ledger(self._places.var)
+        while ledger.pending():
+            if time.monotonic() > deadline:
+                raise NotReady(
+                    "MLflow's aliases lag behind the ledger.", f"Read {self._places.var}/log/mirror.log"
+                )
+            time.sleep(0.5)
+
+    def _tell(self, gates: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+        told = {task: self._tell_task(task, gates[task], facts) for task in self._tasks}
+        pages = write_pages(self._places, told)
+        result = {"seconds": round(time.monotonic() - self._started, 1), "tasks": told, "reports": pages,
+                  "notice": "research use only; simulated sites, see data/README.md"}  # fmt: skip
+        (self._places.var / "demo.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        return result
+
+    def _tell_task(self, task: str, gate: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+        body = json.loads((self._places.stage(task, "evaluate") / "evaluation.json").read_text())
+        got: dict[str, Answered] = facts["answers"][task]
+        verdicts = {site: facts["verdicts"].get((task, site)) for site in self._sites.sites}
+        every = Answered([spent for site in got.values() for spent in site.latencies_ms])
+        return {
+            "version": gate["version"],
+            "verdict": {"passed": gate["network"]["passed"], "reasons": _reasons(gate)},
+            "sites": {site: {name: _ends(score) for name, score in scores.items()}
+                      for site, scores in body["sites"].items()},
+            "gate": gate["sites"],
+            "served": {site: {"answers": answered.answers, "version": answered.version,
+                              "p50_ms": answered.percentile(50), "p99_ms": answered.percentile(99),
+                              "refusals": answered.refusals} for site, answered in got.items()},
+            "latency_ms": {"p50": every.percentile(50), "p99": every.percentile(99)},
+            "drift": {site: bool(row and row.verdict == "drift") for site, row in verdicts.items()},
+            "drift_detail": {site: row.detail if row else "no answers, so nothing to compare"
+                             for site, row in verdicts.items()},
+        }  # fmt: skip
+
+
+def _ends(score: dict[str, float]) -> list[float]:
+    return [score["estimate"], score["low"], score["high"]]
+
+
+def _reasons(gate: dict[str, Any]) -> list[str]:
+    """Why each site passed or did not, and the network."""
+    found = {"network": gate["network"], **gate["sites"]}
+    return [f"{where}: {reason}" for where, finding in found.items() for reason in finding["reasons"]]
+
+
+def _stage_names(places: Places) -> list[str]:
+    import yaml
+
+    return list(yaml.safe_load((places.root / "dvc.yaml").read_text())["stages"])

@@ -1,0 +1,111 @@
+"""What the demo shows at its end: a table for the terminal and an index page for the browser."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from imaging.config import Places
+from imaging.vocabulary import Drift
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Formulary: demo</title>
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;width:100%;font-size:14px}td,th{text-align:left;padding:.35rem .6rem;
+border-bottom:1px solid #ddd;vertical-align:top}.no{color:#a40000;font-weight:600}caption{text-align:left;
+font-weight:600;font-size:18px;padding:1rem 0 .4rem}.note{background:#fff6dd;padding:.6rem 1rem}</style>
+<h1>What the demo did</h1><p class="note">Research use only. The sites, scanners and subjects are simulated;
+<code>data/README.md</code> says what is real.</p>
+{% for task, told in tasks.items() %}<table><caption>{{ task }} v{{ told.version }}:
+{{ "approved" if told.verdict.passed else "refused" }}</caption>
+<tr><th>site</th>{% for name in metrics[task] %}<th>{{ name }}</th>{% endfor %}<th>gate</th><th>answers</th>
+<th>p50 / p99 ms</th><th>drift</th></tr>
+{% for site, scores in told.sites.items() %}<tr><td>{{ site }}</td>
+{% for name in metrics[task] %}<td>{{ interval(scores[name]) }}</td>{% endfor %}
+<td>{% if told.gate[site].passed %}approved{% else %}<span class="no">refused</span>:
+{{ told.gate[site].reasons|join("; ") }}{% endif %}</td>
+<td>{{ told.served[site].answers }}</td>
+<td>{{ told.served[site].p50_ms or "-" }} / {{ told.served[site].p99_ms or "-" }}</td>
+<td>{% if told.drift[site] %}<span class="no">DRIFT</span> {% endif %}{{ told.drift_detail[site] }}
+{% if links[task].get(site) %}<a href="{{ links[task][site] }}">report</a>{% endif %}</td></tr>{% endfor %}
+</table><p><a href="{{ task }}/evaluation.html">Evaluation of {{ task }}, site by site</a></p>{% endfor %}
+<p>Intervals are 95 %, by subject, on the locked test sets.</p></html>"""
+
+
+def interval(score: list[float] | None) -> str:
+    """`.84 [.76 .90]`."""
+    return "-" if score is None else "{:.2f} [{:.2f} {:.2f}]".format(*score)
+
+
+def headline(told: dict[str, Any]) -> list[str]:
+    """The metrics worth a column: those of the first site; `dice` is left out where its parts stand."""
+    names = list(next(iter(told["sites"].values())))
+    return [name for name in names if name not in ("dice", "dice_csf")][:3]
+
+
+def write_pages(places: Places, told: dict[str, Any]) -> dict[str, str]:
+    """Write var/report/index.html and the pages it links to.
+
+    Returns:
+        What each page is -> its path.
+    """
+    from jinja2 import Environment
+
+    folder = places.var / "report"
+    links: dict[str, dict[str, str]] = {}
+    for task in told:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        shutil.copy(places.stage(task, "evaluate") / "report.html", folder / task / "evaluation.html")
+        found = sorted((folder / task).glob("drift-*.html"))
+        links[task] = {page.stem.removeprefix("drift-"): f"{task}/{page.name}" for page in found}
+    template = Environment(autoescape=True).from_string(PAGE)
+    metrics = {task: headline(facts) for task, facts in told.items()}
+    index = folder / "index.html"
+    index.write_text(template.render(tasks=told, metrics=metrics, links=links, interval=interval))
+    pages = {
+        f"drift {task} {site}": str(folder / page) for task in links for site, page in links[task].items()
+    }
+    evaluations = {f"evaluation {task}": str(folder / task / "evaluation.html") for task in told}
+    return {"index": str(index), **evaluations, **pages}
+
+
+def print_table(console: Any, result: dict[str, Any], places: Places) -> None:
+    """Print the table of task x site, and where to look next."""
+    from rich.table import Table
+
+    for task, told in result["tasks"].items():
+        metrics = headline(told)
+        table = Table(title=f"{task} v{told['version']}", title_justify="left", box=None, header_style="bold")
+        for name in ("site", *metrics, "gate", "serves", "answers", "p50 / p99 ms", "drift"):
+            table.add_column(name.replace("_", " "), overflow="fold")
+        for site, scores in told["sites"].items():
+            table.add_row(site, *(interval(scores.get(name)) for name in metrics), *_tail(told, site))
+        console.print()
+        console.print(table)
+    console.print(
+        f"\nResearch use only; simulated sites, see data/README.md. Took {result['seconds']:.0f} s."
+    )
+    rows = {"What to look at": result["reports"]["index"], "For machines": places.var / "demo.json",
+            "What to try": "make up"}  # fmt: skip
+    for name, value in rows.items():
+        console.print(f"{name:<16} {_short(value)}", highlight=False, soft_wrap=True)
+
+
+def _tail(told: dict[str, Any], site: str) -> tuple[str, ...]:
+    served, gate = told["served"][site], told["gate"][site]
+    word = "approved" if gate["passed"] else "[red]refused[/]: " + "; ".join(gate["reasons"])
+    spent = f"{served['p50_ms']} / {served['p99_ms']}" if served["answers"] else "-"
+    drift = (
+        f"[red]DRIFT[/] {told['drift_detail'][site]}" if told["drift"][site] else told["drift_detail"][site]
+    )
+    version = f"v{served['version']}" if served["version"] else "nothing"
+    return word, version, str(served["answers"]), spent, drift or Drift.IN_BOUNDS
+
+
+def _short(value: Any) -> str:
+    path = Path(str(value))
+    return (
+        str(path.relative_to(Path.cwd()))
+        if path.is_absolute() and path.is_relative_to(Path.cwd())
+        else str(value)
+    )
