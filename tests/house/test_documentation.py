@@ -62,7 +62,7 @@ def test_every_list_command_speaks_json():
 
 
 def test_the_front_door_imports_no_department():
-    code = "import sys, formulary; print([m for m in sys.modules if m.split('.')[0] in %r])" % (DEPARTMENTS,)
+    code = f"import sys, formulary; print([m for m in sys.modules if m.split('.')[0] in {DEPARTMENTS}])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
