@@ -1,0 +1,1 @@
+"""What is recorded of each prediction, and what it is compared with."""

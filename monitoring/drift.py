@@ -1,0 +1,127 @@
+"""Whether a site's window differs from its reference: Evidently's tests at a corrected level."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imaging.vocabulary import Drift
+
+SMALLEST_REFERENCE = 20
+SILENT = {"DO_NOT_TRACK": "1"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how strictly.
+
+    Attributes:
+        task: the task.
+        site: the site.
+        version: whose answers are in the window.
+        columns: what is tested, each at alpha / number of columns.
+        alpha: false alarms a window, over all columns.
+        window: subjects; a shorter window is "not enough cases".
+    """
+
+    task: str
+    site: str
+    version: int
+    columns: tuple[str, ...]
+    alpha: float
+    window: int
+
+    @property
+    def level(self) -> float:
+        """Level of one column's test (Bonferroni)."""
+        return self.alpha / len(self.columns)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the monitor says of a window; `columns` are p-values, `detail` is a sentence."""
+
+    verdict: Drift
+    detail: str
+    columns: dict[str, float]
+    report: str
+
+
+def compare(reference: Any, current: Any, how: Comparison, var: Path) -> Verdict:
+    """Compare a window with the reference and keep Evidently's report and snapshot.
+
+    Args:
+        reference: DataFrame, one row a subject.
+        current: DataFrame, one row a subject, oldest first.
+        how: what to compare.
+        var: the report goes to report/<task>/drift-<site>.html, the snapshot to the workspace evidently/.
+
+    Returns:
+        The verdict; without a report when there are not enough cases.
+    """
+    if len(current) < how.window or len(reference) < SMALLEST_REFERENCE:
+        detail = f"{len(current)} of {how.window} subjects, {len(reference)} in the reference"
+        return Verdict(Drift.TOO_FEW, detail, {}, "")
+    snapshot = _run(reference, current, how)
+    values = _p_values(snapshot, how)
+    path = var / "report" / how.task / f"drift-{how.site}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    snapshot.save_html(str(path))
+    _keep(snapshot, how, var)
+    moved = sorted((name for name in values if values[name] < how.level), key=lambda name: values[name])
+    if not moved:
+        return Verdict(Drift.IN_BOUNDS, "in bounds", values, str(path))
+    return Verdict(Drift.DRIFT, _explain(reference, current, moved), values, str(path))
+
+
+def find_change(values: np.ndarray) -> int:
+    """The case (1, 2, ...) from which a stream's mean differs most from before (least squares)."""
+    ranks = np.argsort(np.argsort(values)).astype(float)  # ranks: one outlier moves nothing
+    counts = np.arange(1, len(ranks))
+    before = np.cumsum(ranks)[:-1]
+    after = ranks.sum() - before
+    gain = before**2 / counts + after**2 / (len(ranks) - counts)
+    return int(np.argmax(gain)) + 2
+
+
+def _explain(reference: Any, current: Any, moved: list[str]) -> str:
+    """`noise +41 %, since case 112`, and which other columns moved."""
+    first = moved[0]
+    case = find_change(current[first].to_numpy())
+    before, after = reference[first].median(), current[first].iloc[case - 1 :].median()
+    spread = float(reference[first].std()) or 1.0
+    positive = float(reference[first].min()) > 0
+    change = f"{100 * (after / before - 1):+.0f} %" if positive else f"{(after - before) / spread:+.1f} sd"
+    others = f"; also {', '.join(moved[1:])}" if moved[1:] else ""
+    return f"{first} {change}, since case {case}{others}"
+
+
+def _run(reference: Any, current: Any, how: Comparison) -> Any:
+    os.environ.update(SILENT)
+    from evidently import DataDefinition, Dataset, Report
+    from evidently.metrics import ValueDrift
+
+    definition = DataDefinition(numerical_columns=list(how.columns))
+    old, new = (Dataset.from_pandas(table[list(how.columns)], definition) for table in (reference, current))
+    metrics = [ValueDrift(column=name, method="ks", threshold=how.level) for name in how.columns]
+    metadata = {"task": how.task, "site": how.site, "version": str(how.version), "notice": "simulated sites"}
+    return Report(metrics, metadata=metadata, tags=[how.site, f"v{how.version}"]).run(new, old)
+
+
+def _p_values(snapshot: Any, how: Comparison) -> dict[str, float]:
+    told = snapshot.dict()["metrics"]
+    return {name: float(metric["value"]) for name, metric in zip(how.columns, told, strict=True)}
+
+
+def _keep(snapshot: Any, how: Comparison, var: Path) -> None:
+    """Add the snapshot, without data, to the workspace that Evidently's own pages show."""
+    from evidently.ui.workspace import Workspace
+
+    workspace = Workspace.create(str(var / "evidently"))
+    found = workspace.search_project(how.task)
+    project = found[0] if found else workspace.create_project(how.task, "Research use only; simulated sites.")
+    workspace.add_run(project.id, snapshot, include_data=False, name=f"{how.site} v{how.version}")

@@ -1,0 +1,287 @@
+"""The journal: one durable row for each answer, before the answer leaves. No pixels, no identities."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from imaging.errors import JournalDown
+from monitoring import telemetry
+from registry.database import open_database, writing
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        id: of the prediction, a uuid.
+        request_id: the caller's, or ours.
+        task: what was asked.
+        site: who asked.
+        version: that answered.
+        package: digest of the version, sha256:...
+        engine: e.g. openvino/f32.
+        subject: pseudonym, or None when the request named nobody.
+        image: sha256 of the request's body.
+        columns: what is compared with the reference: statistics of the image and scores of the answer.
+        stages_ms: how long each stage took.
+    """
+
+    id: str
+    request_id: str
+    task: str
+    site: str
+    version: int
+    package: str
+    engine: str
+    subject: str | None
+    image: str
+    columns: dict[str, float]
+    stages_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """What the monitor said of a site, up to the journal's row `last_seq`."""
+
+    at: str
+    task: str
+    site: str
+    version: int
+    last_seq: int
+    subjects: int
+    verdict: str
+    detail: str
+    level: float
+    columns: dict[str, float]
+    report: str
+
+
+def open_journal(var: Path) -> Journal:
+    """The journal under a var folder; it is made when there is none.
+
+    Raises:
+        JournalDown: it cannot be opened.
+    """
+    try:
+        return Journal(open_database(var / "journal.db", "monitoring"))
+    except (SQLAlchemyError, OSError) as error:
+        raise _down(error) from error
+
+
+class Journal:
+    """Appends predictions, reads windows of them, keeps verdicts."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def append(self, rows: Sequence[Prediction]) -> None:
+        """Write rows in one transaction, durable when this returns.
+
+        Raises:
+            JournalDown: the database cannot be written: disk full, locked for over two seconds, gone.
+        """
+        at = _now()
+        values = [
+            {**asdict(row), "at": at, "columns": _dump(row.columns), "stages_ms": _dump(row.stages_ms)}
+            for row in rows
+        ]
+        insert = text(
+            "INSERT INTO predictions (id, at, request_id, task, site, version, package, engine, subject, "
+            "image, columns, stages_ms) VALUES (:id, :at, :request_id, :task, :site, :version, :package, "
+            ":engine, :subject, :image, :columns, :stages_ms)"
+        )
+        try:
+            with writing(self._engine).begin() as connection:
+                connection.execute(insert, values)
+        except SQLAlchemyError as error:
+            raise _down(error) from error
+
+    def last_seq(self, task: str | None = None, site: str | None = None) -> int:
+        """The newest row's number, of everything or of one task and site; 0 when there is none."""
+        query = text(
+            "SELECT COALESCE(MAX(seq), 0) AS last FROM predictions WHERE (:task IS NULL OR task = :task) "
+            "AND (:site IS NULL OR site = :site)"
+        )
+        return int(self._read(query, task=task, site=site)[0]["last"])
+
+    def read_window(self, task: str, site: str, version: int, subjects: int) -> list[dict[str, Any]]:
+        """The newest subjects' first images, oldest first: one row a subject.
+
+        Args:
+            task: the task.
+            site: the site.
+            version: answers of other versions are left out.
+            subjects: at most this many.
+
+        Returns:
+            Rows with seq, at, image, subject and the drift columns.
+        """
+        query = text(
+            "SELECT MIN(seq) AS seq, at, image, subject, columns FROM predictions WHERE task = :task AND "
+            "site = :site AND version = :version AND seq > :floor GROUP BY COALESCE(subject, id) "
+            "ORDER BY seq DESC LIMIT :limit"
+        )
+        floor = self._floor(task, site, version, subjects)
+        rows = self._read(query, task=task, site=site, version=version, limit=subjects, floor=floor)
+        told = ({**row, **json.loads(row["columns"])} for row in reversed(rows))
+        return [{name: value for name, value in row.items() if name != "columns"} for row in told]
+
+    def newest(self, task: str | None, site: str | None, limit: int) -> list[dict[str, Any]]:
+        """The newest predictions as they stand, oldest first."""
+        query = text(
+            "SELECT * FROM predictions WHERE (:task IS NULL OR task = :task) AND "
+            "(:site IS NULL OR site = :site) ORDER BY seq DESC LIMIT :limit"
+        )
+        rows = self._read(query, task=task, site=site, limit=limit)
+        return [
+            {**row, "columns": json.loads(row["columns"]), "stages_ms": json.loads(row["stages_ms"])}
+            for row in reversed(rows)
+        ]
+
+    def write_verdict(self, row: VerdictRow) -> None:
+        """Keep what the monitor said.
+
+        Raises:
+            JournalDown: the database cannot be written.
+        """
+        names = list(VerdictRow.__dataclass_fields__)
+        insert = text(
+            f"INSERT INTO verdicts ({', '.join(names)}) VALUES ({', '.join(':' + name for name in names)})"
+        )
+        try:
+            with writing(self._engine).begin() as connection:
+                connection.execute(insert, {**asdict(row), "columns": _dump(row.columns)})
+        except SQLAlchemyError as error:
+            raise _down(error) from error
+
+    def newest_verdicts(self) -> list[VerdictRow]:
+        """The newest verdict of every task and site."""
+        query = text(
+            "SELECT * FROM verdicts WHERE seq IN (SELECT MAX(seq) FROM verdicts GROUP BY task, site)"
+        )
+        rows = [{**row, "columns": json.loads(row["columns"])} for row in self._read(query)]
+        return [VerdictRow(**{name: row[name] for name in VerdictRow.__dataclass_fields__}) for row in rows]
+
+    def _floor(self, task: str, site: str, version: int, subjects: int) -> int:
+        """Far enough back for a window of 8 images a subject, so that a long journal is not read whole."""
+        query = text(
+            "SELECT seq FROM predictions WHERE task = :task AND site = :site AND version = :version "
+            "ORDER BY seq DESC LIMIT 1 OFFSET :back"
+        )
+        rows = self._read(query, task=task, site=site, version=version, back=8 * subjects)
+        return int(rows[0]["seq"]) if rows else 0
+
+    def _read(self, query: Any, **values: Any) -> list[dict[str, Any]]:
+        try:
+            with self._engine.connect() as connection:
+                return [dict(row) for row in connection.execute(query, values).mappings()]
+        except SQLAlchemyError as error:
+            raise _down(error) from error
+
+
+class GroupCommit:
+    """One writer for many answers: whatever waits goes into one transaction.
+
+    A future resolves when the commit that holds its row has returned, and never before. When the journal
+    cannot be written every waiting future gets JournalDown, and the next batch tries again.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._queue: queue.Queue[tuple[Prediction, Future[None]] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def submit(self, row: Prediction) -> Future[None]:
+        """Queue a row; the future resolves when it is durable."""
+        future: Future[None] = Future()
+        self._queue.put((row, future))
+        return future
+
+    def close(self) -> None:
+        """Write what waits, then stop."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        going = True
+        while going:
+            waiting = [self._queue.get()]
+            while len(waiting) < BATCH and not self._queue.empty():
+                waiting.append(self._queue.get())
+            going = None not in waiting
+            self._commit([item for item in waiting if item is not None])
+
+    def _commit(self, items: list[tuple[Prediction, Future[None]]]) -> None:
+        if not items:
+            return
+        start = time.perf_counter()
+        try:
+            self._journal.append([row for row, _ in items])
+        except JournalDown as error:
+            for _, future in items:
+                future.set_exception(error)
+            return
+        telemetry.JOURNAL_COMMIT.observe(time.perf_counter() - start)
+        telemetry.JOURNAL_ROWS.inc(len(items))
+        for _, future in items:
+            future.set_result(None)
+
+
+def pseudonym(var: Path, site: str, subject: str) -> str:
+    """HMAC-SHA256 of a subject under the site's own key, so that a short patient number cannot be guessed.
+
+    Args:
+        var: holds keys/subjects-<site>.key, made once, mode 0600.
+        site: the site.
+        subject: the site's number of the person.
+    """
+    return hmac.new(_site_key(var, site), subject.encode(), hashlib.sha256).hexdigest()
+
+
+def _site_key(var: Path, site: str) -> bytes:
+    path = var / "keys" / f"subjects-{site}.key"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(secrets.token_bytes(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)  # of two processes that make it at once, the first wins
+        draft.unlink()
+    return path.read_bytes()
+
+
+def _down(error: Exception) -> JournalDown:
+    reason = getattr(error, "orig", None) or type(error).__name__
+    return JournalDown(
+        f"The journal cannot be used ({reason}).", "Free disk space or restore it; nothing is lost."
+    )
+
+
+def _dump(values: dict[str, float]) -> str:
+    return json.dumps(values, sort_keys=True, allow_nan=False)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,99 @@
+"""The monitor: for each task and site with a champion, a verdict whenever the journal has new rows."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from datetime import UTC, datetime
+from typing import Any
+
+from imaging.config import Params, Places, TaskSection
+from imaging.errors import FormularyError
+from monitoring.drift import Comparison, compare
+from monitoring.journal import Journal, VerdictRow, open_journal
+from monitoring.reference import name_columns, read_reference
+from registry.ledger import Ledger, Placement, open_ledger
+from registry.package import shelf
+
+LOG = logging.getLogger(__name__)
+PAUSE_S = 2.0
+
+
+class Monitor:
+    """Compares live windows with references and writes verdicts.
+
+    Args:
+        places: where the ledger, the journal and the packages lie.
+        params: the tasks and how strictly each is watched.
+    """
+
+    def __init__(self, places: Places, params: Params) -> None:
+        self._places, self._params = places, params
+        self.journal: Journal = open_journal(places.var)
+        self._ledger: Ledger = open_ledger(places.var)
+
+    def look(self, tasks: tuple[str, ...] = (), sites: tuple[str, ...] = ()) -> list[VerdictRow]:
+        """Compare every site that has new rows, once.
+
+        Args:
+            tasks: only these; empty means all.
+            sites: only these; empty means all.
+
+        Returns:
+            The verdicts that were written.
+        """
+        newest = {(row.task, row.site): row for row in self.journal.newest_verdicts()}
+        written = []
+        for task, section in self._params.tasks.items():
+            champions = self._ledger.champions(task) if task in (tasks or (task,)) else {}
+            for site, placement in sorted(champions.items()):
+                last = newest.get((task, site))
+                if site in (sites or (site,)) and self._is_news(task, site, placement, last):
+                    written.append(self._judge((task, section), site, placement))
+        return written
+
+    def _is_news(self, task: str, site: str, placement: Placement, last: VerdictRow | None) -> bool:
+        newest = self.journal.last_seq(task, site)
+        return newest > 0 and (last is None or last.last_seq < newest or last.version != placement.version)
+
+    def _judge(self, task: tuple[str, TaskSection], site: str, placement: Placement) -> VerdictRow:
+        import pandas as pd
+
+        name, section = task
+        columns = name_columns(section.kind, section.classes)
+        how = Comparison(
+            name, site, placement.version, columns, section.reference.alpha, section.reference.window
+        )
+        last = self.journal.last_seq(name, site)
+        rows = self.journal.read_window(name, site, placement.version, how.window)
+        reference = read_reference(shelf(self._places.var, placement.digest), site, columns)
+        verdict = compare(reference, pd.DataFrame(rows, columns=["seq", *columns]), how, self._places.var)
+        kept = VerdictRow(
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"), task=name, site=site,
+            version=placement.version, last_seq=last, subjects=len(rows), verdict=verdict.verdict,
+            detail=verdict.detail, level=how.level, columns=verdict.columns, report=verdict.report,
+        )  # fmt: skip
+        self.journal.write_verdict(kept)
+        LOG.info("%s at %s: %s (%s)", name, site, kept.verdict, kept.detail)
+        return kept
+
+    def watch(self) -> None:
+        """Look until SIGTERM or SIGINT; what goes wrong is logged and tried again."""
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        _import_early()
+        LOG.info("watching %d tasks", len(self._params.tasks))
+        while not stopped.wait(PAUSE_S):
+            try:
+                self.look()
+            except FormularyError as error:
+                LOG.warning("%s", error)
+
+
+def _import_early() -> Any:
+    """Evidently takes seconds to import: do it before the first rows come."""
+    import evidently
+
+    return evidently
