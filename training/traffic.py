@@ -1,4 +1,4 @@
-"""Images of people whom no cohort knows, as a service would meet them; one site's scanner changes on the way."""
+"""Images of people whom no cohort knows, as a service meets them; one site's scanner changes on the way."""
 
 from __future__ import annotations
 
