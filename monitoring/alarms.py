@@ -17,8 +17,8 @@ from registry.package import digest_package
 
 METHOD = (
     "Each repeat draws a reference of its size and a window of its size, with replacement, from the site's "
-    "own reference subjects, and asks the Kolmogorov-Smirnov test at alpha / columns. Both come from the same "
-    "subjects, so the share is that of the test, not of a hospital that changes from day to day."
+    "own reference subjects, and asks the Kolmogorov-Smirnov test at alpha / columns. Both come from the "
+    "same subjects, so the share is that of the test, not of a hospital that changes from day to day."
 )
 
 

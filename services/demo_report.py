@@ -9,27 +9,7 @@ from typing import Any
 from imaging.config import Places
 from imaging.vocabulary import Drift
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Formulary: demo</title>
-<style>body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;width:100%;font-size:14px}td,th{text-align:left;padding:.35rem .6rem;
-border-bottom:1px solid #ddd;vertical-align:top}.no{color:#a40000;font-weight:600}caption{text-align:left;
-font-weight:600;font-size:18px;padding:1rem 0 .4rem}.note{background:#fff6dd;padding:.6rem 1rem}</style>
-<h1>What the demo did</h1><p class="note">Research use only. The sites, scanners and subjects are simulated;
-<code>data/README.md</code> says what is real.</p>
-{% for task, told in tasks.items() %}<table><caption>{{ task }} v{{ told.version }}:
-{{ "approved" if told.verdict.passed else "refused" }}</caption>
-<tr><th>site</th>{% for name in metrics[task] %}<th>{{ name }}</th>{% endfor %}<th>gate</th><th>answers</th>
-<th>p50 / p99 ms</th><th>drift</th></tr>
-{% for site, scores in told.sites.items() %}<tr><td>{{ site }}</td>
-{% for name in metrics[task] %}<td>{{ interval(scores[name]) }}</td>{% endfor %}
-<td>{% if told.gate[site].passed %}approved{% else %}<span class="no">refused</span>:
-{{ told.gate[site].reasons|join("; ") }}{% endif %}</td>
-<td>{{ told.served[site].answers }}</td>
-<td>{{ told.served[site].p50_ms or "-" }} / {{ told.served[site].p99_ms or "-" }}</td>
-<td>{% if told.drift[site] %}<span class="no">DRIFT</span> {% endif %}{{ told.drift_detail[site] }}
-{% if links[task].get(site) %}<a href="{{ links[task][site] }}">report</a>{% endif %}</td></tr>{% endfor %}
-</table><p><a href="{{ task }}/evaluation.html">Evaluation of {{ task }}, site by site</a></p>{% endfor %}
-<p>Intervals are 95 %, by subject, on the locked test sets.</p></html>"""
+TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 
 
 def interval(score: list[float] | None) -> str:
@@ -58,7 +38,7 @@ def write_pages(places: Places, told: dict[str, Any]) -> dict[str, str]:
         shutil.copy(places.stage(task, "evaluate") / "report.html", folder / task / "evaluation.html")
         found = sorted((folder / task).glob("drift-*.html"))
         links[task] = {page.stem.removeprefix("drift-"): f"{task}/{page.name}" for page in found}
-    template = Environment(autoescape=True).from_string(PAGE)
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
     metrics = {task: headline(facts) for task, facts in told.items()}
     index = folder / "index.html"
     index.write_text(template.render(tasks=told, metrics=metrics, links=links, interval=interval))

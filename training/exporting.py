@@ -1,0 +1,169 @@
+"""From weights to a package: the same bytes in every clean run, and no code of ours needed to run it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from imaging.config import Places, TaskSection
+from imaging.errors import DataError
+from imaging.statistics import describe
+from imaging.vocabulary import Split
+from monitoring.reference import name_columns, summarise, write_reference
+from registry.architectures import build
+from registry.contract import Contract, write_contract
+from registry.engines import OUTPUTS, check_parity, open_engine
+from registry.package import digest_package
+from training.datasets import Dataset, load_split, stage_folder
+
+
+def export(places: Places, task: str, section: TaskSection) -> str:
+    """Write the package of a task.
+
+    Returns:
+        Its digest.
+
+    Raises:
+        DataError: no validation subject's images may be redistributed.
+        TrustError: the engine that will be scored does not answer as the network does.
+    """
+    folder = stage_folder(places, task, "package")
+    data = load_split(places, task, section, Split.VALIDATION)
+    shutil.copy(places.stage(task, "fit") / "weights.safetensors", folder)
+    network = _load(folder, section)
+    contract = _contract(places, task, section, data)
+    write_contract(contract, folder)
+    _export_graphs(network, data.images.shape[2:], section.package.max_batch, folder)
+    _write_golden(network, data, section.package.golden, folder)
+    engine = open_engine(folder, section.evaluate.engine, section.evaluate.precision, section.fit.threads)
+    check_parity(engine, folder, contract)
+    external = load_split(places, task, section, Split.EXTERNAL)
+    rows = [row for part in (data, external) for row in _describe(part, engine, contract)]
+    write_reference(rows, name_columns(section.kind, section.classes), folder / "reference.parquet")
+    return digest_package(folder)
+
+
+def _load(folder: Path, section: TaskSection) -> Any:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(section.fit.threads)
+    network = build(section.fit.architecture, len(section.classes))
+    network.load_state_dict(load_file(folder / "weights.safetensors"))
+    return network.eval()
+
+
+def _contract(places: Places, task: str, section: TaskSection, data: Dataset) -> Contract:
+    calibration = json.loads((places.stage(task, "calibrate") / "calibration.json").read_text())
+    cohort = yaml.safe_load((places.stage(task, "cohort") / "cohort.yaml").read_text())
+    params = json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    rows, columns = data.images.shape[2:]
+    return Contract(
+        task=task, title=section.title, kind=section.kind, modality=section.modality, classes=section.classes,
+        rows=rows, columns=columns, spacing_low_mm=section.check.spacing_low_mm,
+        spacing_high_mm=section.check.spacing_high_mm, png_offset=section.package.png_offset,
+        max_batch=section.package.max_batch, preparation=section.preparation,
+        temperature=calibration["temperature"], threshold=calibration["threshold"],
+        tolerance=section.package.tolerance, intended_use=section.package.intended_use,
+        simulated=str(cohort["simulated"]),
+        lineage={"cohort": digest_cohort(places, task), "params": "sha256:" + _sha256(params.encode())},
+    )  # fmt: skip
+
+
+def digest_cohort(places: Places, task: str) -> str:
+    """sha256 over subject, split and image digest of every row: the cohort as it was split."""
+    import pandas as pd
+
+    table = pd.read_parquet(
+        places.stage(task, "split") / "manifest.parquet", columns=["subject", "split", "sha256"]
+    )
+    return "sha256:" + _sha256("\n".join(",".join(row) for row in table.astype(str).to_numpy()).encode())
+
+
+def _export_graphs(network: Any, size: tuple[int, ...], max_batch: int, folder: Path) -> None:
+    """program.pt2 and model.onnx, both giving logits, heat and embedding, for 1 to max_batch images."""
+    import torch
+
+    for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    batch = torch.export.Dim("batch", min=1, max=max_batch)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network, (torch.zeros(2, 1, *size),), dynamic_shapes=({0: batch},))
+        _strip(program)
+        torch.export.save(program, folder / "program.pt2")
+        made = torch.onnx.export(
+            program, (), input_names=["image"], output_names=list(OUTPUTS), external_data=False, verbose=False
+        )
+    if made is None:
+        raise DataError("The network cannot be exported to ONNX.", "See the exporter's message above.")
+    model = made.model_proto
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _strip(program: Any) -> None:
+    """Take out what differs from run to run: stack traces, the order of ranges, the example's pixels."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if hasattr(module, "graph") else ():
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("nn_module_stack", None)
+            node.meta.pop("source_fn_stack", None)
+    ranges = sorted(program._range_constraints.items(), key=lambda item: str(item[0]))
+    program._range_constraints = dict(ranges)
+    program._example_inputs = None
+
+
+def _write_golden(network: Any, data: Dataset, count: int, folder: Path) -> None:
+    """Cases that may be redistributed, spread over the validation set, with the network's own logits."""
+    import torch
+
+    allowed = np.flatnonzero(data.rows["redistributable"].to_numpy(dtype=bool))
+    if not len(allowed):
+        raise DataError(
+            "No validation image may be redistributed.", "Mark rows `redistributable`, or simulate some."
+        )
+    chosen = np.unique(allowed[np.linspace(0, len(allowed) - 1, min(count, len(allowed))).astype(int)])
+    images = data.images[chosen]
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(images))[0].numpy()
+    with zipfile.ZipFile(folder / "golden.npz", "w", zipfile.ZIP_STORED) as archive:
+        for name, values in (("images", images), ("logits", logits)):
+            stream = io.BytesIO()
+            np.save(stream, values, allow_pickle=False)
+            archive.writestr(
+                zipfile.ZipInfo(f"{name}.npy"), stream.getvalue()
+            )  # ZipInfo's date is fixed: 1980
+
+
+def _describe(data: Dataset, engine: Any, contract: Contract) -> list[dict[str, Any]]:
+    """The reference's rows: what serving will journal of the same images, by the same functions."""
+    rows = []
+    facts = data.rows[["sha256", "subject", "site", "split"]].to_dict("records")
+    for start in range(0, len(data.images), contract.max_batch):
+        images = data.images[start : start + contract.max_batch]
+        answers = contract.probabilities(engine.run(images).logits)
+        for image, answer, fact in zip(images, answers, facts[start:], strict=False):
+            rows.append({**fact, **describe(image), **summarise(contract.kind, contract.classes, answer)})
+    return rows
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
