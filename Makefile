@@ -16,7 +16,7 @@ bench: .venv/dev ; python benchmarks/serving.py $(ARGS)
 soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults
 docs: .venv/dev ; mkdocs build --strict --site-dir site
 wheelhouse: .venv/ready ; pip download --dest wheelhouse -r requirements.lock -r requirements-dev.lock pip
-clean: ; formulary clean || rm -rf build .dvc/cache site
+clean: .venv/ready ; formulary clean --yes
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -7,12 +7,10 @@ import hashlib
 import hmac
 import json
 import os
-import queue
 import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +20,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from imaging.errors import JournalDown
+from imaging.greedy import GreedyWorker
 from monitoring import telemetry
 from registry.database import open_database, writing
 
@@ -199,53 +198,21 @@ class Journal:
             raise _down(error) from error
 
 
-class GroupCommit:
+def commit_in_groups(journal: Journal) -> GreedyWorker[Prediction, None]:
     """One writer for many answers: whatever waits goes into one transaction.
 
     A future resolves when the commit that holds its row has returned, and never before. When the journal
     cannot be written every waiting future gets JournalDown, and the next batch tries again.
     """
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self._queue: queue.Queue[tuple[Prediction, Future[None]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
-        self._thread.start()
-
-    def submit(self, row: Prediction) -> Future[None]:
-        """Queue a row; the future resolves when it is durable."""
-        future: Future[None] = Future()
-        self._queue.put((row, future))
-        return future
-
-    def close(self) -> None:
-        """Write what waits, then stop."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        going = True
-        while going:
-            waiting = [self._queue.get()]
-            while len(waiting) < BATCH and not self._queue.empty():
-                waiting.append(self._queue.get())
-            going = None not in waiting
-            self._commit([item for item in waiting if item is not None])
-
-    def _commit(self, items: list[tuple[Prediction, Future[None]]]) -> None:
-        if not items:
-            return
+    def commit(rows: list[Prediction]) -> list[None]:
         start = time.perf_counter()
-        try:
-            self._journal.append([row for row, _ in items])
-        except JournalDown as error:
-            for _, future in items:
-                future.set_exception(error)
-            return
+        journal.append(rows)
         telemetry.JOURNAL_COMMIT.observe(time.perf_counter() - start)
-        telemetry.JOURNAL_ROWS.inc(len(items))
-        for _, future in items:
-            future.set_result(None)
+        telemetry.JOURNAL_ROWS.inc(len(rows))
+        return [None] * len(rows)
+
+    return GreedyWorker("journal", commit, BATCH)
 
 
 def pseudonym(var: Path, site: str, subject: str) -> str:

@@ -35,6 +35,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def check_ports(ports: dict[str, int]) -> dict[str, int]:
+    """The same ports, when all are free.
+
+    Raises:
+        NotReady: one is in use.
+    """
+    for name, port in ports.items():
+        if not is_free(port):
+            raise NotReady(
+                f"Port {port} is in use.", f"Stop what listens there, or set {name} to another port."
+            )
+    return ports
+
+
 def stack_environment(ports: dict[str, int]) -> dict[str, str]:
     """The environment of every process: ports, one thread each, and this installation's programs first."""
     here = str(Path(sys.executable).parent)

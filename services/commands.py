@@ -1,0 +1,160 @@
+"""`formulary services ...` and the front door's own commands: read, call one function, print."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from imaging.config import read_params, read_places, read_sites
+from imaging.tables import print_table
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+@click.group()
+def services() -> None:
+    """The HTTP face, and what runs behind it."""
+
+
+@services.command()
+@click.option("--task", required=True, help="The task whose package is checked.")
+def qualify(task: str) -> None:
+    """Pipeline stage: engines against golden cases, and the real route with every kind of file."""
+    from services.qualification import qualify as check
+
+    places = read_places()
+    body = check(places, task, read_params(places).task(task))
+    rows = [[name, "passed" if told["passed"] else "FAILED", f"{told.get('difference', 0):.0e}",
+             ", ".join(f"{size}: {ms:.2f}" for size, ms in body["ms_per_batch"].get(name, {}).items())]
+            for name, told in body["engines"].items()]  # fmt: skip
+    print_table(f"{task}: engines", ["engine", "parity", "difference below", "ms a batch of"], rows)
+
+
+@services.command()
+@click.option("--port", default=3000, show_default=True, help="On 127.0.0.1.")
+def serve(port: int) -> None:
+    """Run the gateway on loopback until stopped."""
+    places = read_places()
+    environment = {
+        "FORMULARY_ROOT": str(places.root), "FORMULARY_VAR": str(places.var.resolve()),
+        "OMP_NUM_THREADS": "1", "BENTOML_HOME": str(places.var.resolve() / "bentoml"), "BENTOML_DO_NOT_TRACK": "true",
+    }  # fmt: skip
+    os.environ.update({name: os.environ.get(name, value) for name, value in environment.items()})
+    command = [sys.executable, "-m", "bentoml", "serve", "services.gateway:Gateway", "--host", "127.0.0.1"]
+    os.execv(sys.executable, [*command, "--port", str(port)])
+
+
+@services.command("list")
+@AS_JSON
+def list_served(as_json: bool) -> None:
+    """Which version serves which site, by the ledger."""
+    from registry.ledger import open_ledger
+
+    places = read_places()
+    ledger = open_ledger(places.var)
+    champions = {task: sorted(ledger.champions(task).items()) for task in read_params(places).tasks}
+    rows = [
+        {"task": task, "site": site, **asdict(held)}
+        for task, sites in champions.items()
+        for site, held in sites
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    print_table("Serving", ["task", "site", "version", "since (UTC)"],
+                [[str(row["task"]), str(row["site"]), f"v{row['version']}", str(row["since"])[:16]]
+                 for row in rows])  # fmt: skip
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--task", required=True, help="What to ask: a task of params.yaml.")
+@click.option("--site", default=None, help="Whose champion answers. Default: the network's.")
+@click.option("--version", type=int, default=None, help="A version instead of a champion.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the mask as PNG here.")
+@AS_JSON
+def predict(
+    file: Path, task: str, site: str | None, version: int | None, out: Path | None, as_json: bool
+) -> None:
+    """Answer FILE (.png, .dcm, .nii, .nii.gz, .npy) without a server."""
+    from services.offline import predict_file
+
+    places = read_places()
+    read_params(places).task(task)
+    if site:
+        read_sites(places).site(site)
+    told = predict_file(places, file, task, site, version)
+    if out and "mask" in told:
+        out.write_bytes(base64.b64decode(told["mask"]["data"]))
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    click.echo(f"{task} v{told['version']} by {told['engine']} ({told['notice']})")
+    for name, value in told.items():
+        if name in ("probabilities", "positive", "area_px", "area_mm2", "uncertainty"):
+            click.echo(f"  {name.replace('_', ' ')}: {value}")
+
+
+@click.command()
+@AS_JSON
+def doctor(as_json: bool) -> None:
+    """Check packages, devices, threads, ports, databases, keys and disk, and say what to mend."""
+    from services.doctor import examine
+
+    checks = examine(read_places())
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks]))
+    else:
+        print_table("Doctor", ["", "what", "found", "mend"],
+                    [["ok" if check.well else "MEND", check.name, check.told, check.mend * (not check.well)]
+                     for check in checks])  # fmt: skip
+    sys.exit(0 if all(check.well for check in checks) else 1)
+
+
+@click.command()
+@click.option("--task", "tasks", multiple=True, help="A task; may be given again. Default: TASKS, else all.")
+@click.option("--subjects", default=200, show_default=True, help="New subjects that each site sends.")
+def demo(tasks: tuple[str, ...], subjects: int) -> None:
+    """The main job end to end: pipeline, registry, gate, serving, journal, drift. Stops what it started."""
+    from services.demo import Demo
+
+    places = read_places()
+    params = read_params(places)
+    chosen = tasks or tuple(os.environ.get("TASKS", "").split()) or tuple(params.tasks)
+    for task in chosen:
+        params.task(task)
+    Demo(places, params, read_sites(places), chosen, subjects).run()
+
+
+@click.command()
+def up() -> None:
+    """Start the stack of the Procfile on loopback, and leave it running until Ctrl-C."""
+    from services.stack import PORTS, check_ports, stack_environment
+
+    places = read_places()
+    ports = check_ports({name: int(os.environ.get(name, port)) for name, port in PORTS.items()})
+    for name, port in ports.items():
+        click.echo(f"{name.removesuffix('_PORT').lower():<10} http://127.0.0.1:{port}")
+    command = [sys.executable, "-m", "honcho", "start", "-f", str(places.root / "Procfile")]
+    raise SystemExit(subprocess.call(command, cwd=places.root, env=stack_environment(ports)))
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clean(yes: bool) -> None:
+    """Remove stage outputs, DVC's cache and all of var but the keys."""
+    places = read_places()
+    kept = places.var / "keys"
+    if not yes:
+        click.confirm(f"Remove {places.build}, .dvc/cache and {places.var} except {kept}?", abort=True)
+    for path in [places.build, places.root / ".dvc" / "cache", *places.var.glob("*")]:
+        if path != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
