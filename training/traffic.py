@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imaging.config import Sites, TaskSection
 from training.cohorts.building import Order, check_sites, load_builder, make_cases, subject_name
+from training.cohorts.cases import Case
 
 FIRST_SUBJECT = 100_000  # beyond every cohort's numbers
 IMAGES, MASKS, TABLE = "traffic.npy", "masks.npy", "traffic.parquet"
@@ -43,17 +45,18 @@ def make_traffic(section: TaskSection, sites: Sites, subjects: int, change_at: i
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / IMAGES, np.stack([case.pixels for case in cases]))
     np.save(folder / MASKS, np.stack([case.mask for case in cases]))
-    rows = [
-        {
-            "row": row,
-            "site": order.site,
-            "subject": subject_name(order),
-            "scanner": case.scanner,
-            "acquired": case.acquired,
-            "spacing_mm": case.spacing_mm,
-            "label": case.label,
-            "changed": order.changed,
-        }
-        for row, (order, case) in enumerate(zip(orders, cases, strict=True))
-    ]
+    rows = [{"row": row} | _describe(*pair) for row, pair in enumerate(zip(orders, cases, strict=True))]
     pd.DataFrame(rows).to_parquet(folder / TABLE, index=False)
+
+
+def _describe(order: Order, case: Case) -> dict[str, Any]:
+    """What the table says of one image."""
+    return {
+        "site": order.site,
+        "subject": subject_name(order),
+        "scanner": case.scanner,
+        "acquired": case.acquired,
+        "spacing_mm": case.spacing_mm,
+        "label": case.label,
+        "changed": order.changed,
+    }
