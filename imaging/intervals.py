@@ -53,7 +53,7 @@ def design_effect(right: NDArray[np.integer], subjects: NDArray[Any]) -> float:
         subjects: who each image is of, shape (images,).
 
     Returns:
-        At least 1.
+        At least 1; exactly 1 with one image a subject.
     """
     groups = group_by_subject(right.astype(float), subjects)
     share, images, count = float(right.mean()), len(right), len(groups)
@@ -61,7 +61,7 @@ def design_effect(right: NDArray[np.integer], subjects: NDArray[Any]) -> float:
         return float(max(1.0, images / max(count, 1)))
     residuals = np.array([(group - share).sum() for group in groups])
     variance = count / (count - 1) * float((residuals**2).sum()) / images**2
-    return max(1.0, variance / (share * (1 - share) / images))
+    return max(1.0, variance / (share * (1 - share) / (images - 1)))
 
 
 def wilson(right: NDArray[np.integer], subjects: NDArray[Any], confidence: float = 0.95) -> Estimate:

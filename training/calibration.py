@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.config import Places, TaskSection
+from imaging.errors import DataError
+from imaging.scores import dice
 from imaging.vocabulary import Kind, Split
 from registry.architectures import build
 from training.datasets import load_split, stage_folder
@@ -23,19 +25,22 @@ def calibrate(places: Places, task: str, section: TaskSection) -> dict[str, Any]
     data = load_split(places, task, section, Split.VALIDATION)
     logits = _forward(places, task, section, data.images)
     flat, truth = _per_decision(logits, data.truth)
-    temperature = fit_temperature(flat, truth)
-    told: dict[str, Any] = {
-        "temperature": temperature, "threshold": 0.5, "validation": {
-            "images": len(data.images), "subjects": len(np.unique(data.subjects)),
-            "nll_before": _nll(flat, truth, 1.0), "nll_after": _nll(flat, truth, temperature),
-        },
+    temperature, threshold = fit_temperature(flat, truth), 0.5
+    validation: dict[str, Any] = {
+        "images": len(data.images), "subjects": len(np.unique(data.subjects)),
+        "nll_before": _nll(flat, truth, 1.0), "nll_after": _nll(flat, truth, temperature),
+        "brier_before": measure_brier(_softmax(flat), truth),
+        "brier_after": measure_brier(_softmax(flat / temperature), truth),
     }  # fmt: skip
     if section.kind is Kind.CLASSIFICATION:
         positive = _softmax(flat / temperature)[:, 1]
-        told["threshold"] = choose_threshold(positive, truth, section.calibrate.sensitivity)
-        said = positive >= told["threshold"]
-        told["validation"]["sensitivity"] = float(said[truth == 1].mean())
-        told["validation"]["specificity"] = float(1 - said[truth == 0].mean())
+        threshold = choose_threshold(positive, truth, section.calibrate.sensitivity)
+        said = positive >= threshold
+        validation["sensitivity"] = float(said[truth == 1].mean())
+        validation["specificity"] = float(1 - said[truth == 0].mean())
+    else:
+        validation["dice"] = _score_masks(section, data.truth, logits.argmax(axis=1))
+    told = {"temperature": temperature, "threshold": threshold, "validation": validation}
     path = stage_folder(places, task, "calibrate") / "calibration.json"
     path.write_text(json.dumps(told, indent=1) + "\n")
     return told
@@ -62,18 +67,37 @@ def fit_temperature(logits: NDArray[np.floating], truth: NDArray[np.integer]) ->
 
 
 def choose_threshold(positive: NDArray[np.floating], truth: NDArray[np.integer], sensitivity: float) -> float:
-    """The highest threshold that keeps a sensitivity.
+    """The highest threshold that keeps a sensitivity, rounded down to four digits.
+
+    Rounding down errs towards sensitivity, and leaves room for what engines differ by.
 
     Args:
         positive: probability of the positive class, (n,).
         truth: 0 or 1, (n,).
         sensitivity: the least share of positives that must lie at or above it.
+
+    Raises:
+        DataError: there is no positive.
     """
     scores = np.sort(positive[truth == 1])
     if not len(scores):
-        return 0.5
-    index = int(np.floor((1 - sensitivity) * len(scores) + 1e-9))
-    return float(np.nextafter(np.float32(scores[min(index, len(scores) - 1)]), np.float32(0)))
+        raise DataError("Validation has no positive image.", "Raise `split.validation` in params.yaml.")
+    index = int(np.floor((1 - sensitivity) * len(scores) + 1e-9))  # so many may be missed
+    return float(np.floor(float(scores[index]) * 1e4) / 1e4)
+
+
+def measure_brier(probabilities: NDArray[np.floating], truth: NDArray[np.integer]) -> float:
+    """Brier score: the squared distance of the probabilities from the truth, summed over classes.
+
+    Args:
+        probabilities: (n, classes).
+        truth: (n,).
+
+    Returns:
+        0 (certain and right) to 2; of two classes twice what scikit-learn gives for the positive one.
+    """
+    hits = np.eye(probabilities.shape[1])[truth]
+    return float(((probabilities - hits) ** 2).sum(axis=1).mean())
 
 
 def _forward(
@@ -97,6 +121,16 @@ def _per_decision(logits: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[An
         return logits, truth
     flat = np.moveaxis(logits, 1, -1).reshape(-1, logits.shape[1])
     return flat[::17].astype(np.float64), truth.reshape(-1)[::17]
+
+
+def _score_masks(section: TaskSection, truth: NDArray[Any], answers: NDArray[Any]) -> dict[str, float]:
+    """Mean Dice of each class but the first, over the images."""
+    pairs = list(zip(truth, answers, strict=True))
+    return {
+        name: float(np.nanmean([dice(*pair, label) for pair in pairs]))
+        for label, name in enumerate(section.classes)
+        if label
+    }
 
 
 def _nll(logits: NDArray[Any], truth: NDArray[Any], temperature: float) -> float:

@@ -32,7 +32,7 @@ def evaluate(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
     package = places.stage(task, "package")
     contract, how = read_contract(package), section.evaluate
     data = load_split(places, task, section, Split.TEST, Split.EXTERNAL)
-    answers = answer_all(package, contract, how, data.images)
+    answers, heat = answer_all(package, contract, how, data.images)
     scores = score_images(contract, data.truth, answers)
     internal = (data.rows["split"] == Split.TEST).to_numpy()
     sites = {site: (data.rows["site"] == site).to_numpy() for site in data.rows["site"].unique()}
@@ -53,44 +53,61 @@ def evaluate(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
     (folder / "evaluation.json").write_text(
         json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
     )
-    write_report(folder / "report.html", contract, body, (data, answers))
+    write_report(folder / "report.html", contract, body, (data, answers, heat))
     return body
 
 
 def answer_all(
     package: Path, contract: Contract, how: EvaluateSection, images: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Probabilities of every image by the packaged engine, (n, classes[, rows, columns])."""
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What the packaged engine says of every image.
+
+    Returns:
+        Probabilities (n, classes[, rows, columns]), and heat (n, rows, columns).
+
+    Raises:
+        TrustError: an answer has another shape than promised, or is not finite.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
     engine = open_engine(package, how.engine, how.precision)
-    parts = []
-    for start in range(0, len(images), contract.max_batch):
+    starts, console = range(0, len(images), contract.max_batch), Console(stderr=True)
+    said, heat = [], []
+    for start in track(starts, description=f"evaluate {contract.title}", console=console):
         batch = images[start : start + contract.max_batch]
         answers = engine.run(batch)
         check_answers(answers, contract, len(batch))
-        parts.append(contract.probabilities(answers.logits))
-    return np.concatenate(parts)
+        said.append(contract.probabilities(answers.logits))
+        heat.append(answers.heat)
+    return np.concatenate(said), np.concatenate(heat)
 
 
 def score_images(contract: Contract, truth: NDArray[np.int64], answers: NDArray[np.float32]) -> Scores:
     """What each image scores.
 
     Returns:
-        Classification: truth (0, 1), probability, right (at the contract's threshold). Segmentation: Dice of
-        each class but the first, `dice_<class>`, and `dice`, their mean; NaN where truth and answer have none.
+        Classification: truth (0, 1), probability, right (at the contract's threshold). Segmentation: Dice
+        of each class but the first, `dice_<class>`, and `dice`, their mean over the classes that the image
+        has; NaN where neither truth nor answer has any.
     """
     if contract.kind is Kind.CLASSIFICATION:
         said = answers[:, 1] >= contract.threshold
         return {"truth": truth, "probability": answers[:, 1], "right": (said == truth).astype(int)}
     labels = answers.argmax(axis=1)
     found = {
-        f"dice_{name.replace(' ', '_')}": np.array(
-            [dice(t, a, label) for t, a in zip(truth, labels, strict=True)]
-        )
+        f"dice_{name.replace(' ', '_')}": _dices(truth, labels, label)
         for label, name in enumerate(contract.classes)
         if label
     }
-    with np.errstate(invalid="ignore"):
-        return {**found, "dice": np.nanmean(np.stack(list(found.values())), axis=0)}
+    table = np.stack(list(found.values()))
+    present = np.isfinite(table).sum(axis=0)
+    total = np.nansum(table, axis=0)
+    return {**found, "dice": np.where(present > 0, total / np.maximum(present, 1), np.nan)}
+
+
+def _dices(truth: NDArray[Any], labels: NDArray[Any], label: int) -> NDArray[np.float64]:
+    return np.array([dice(t, answer, label) for t, answer in zip(truth, labels, strict=True)])
 
 
 def estimate(

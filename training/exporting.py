@@ -23,7 +23,7 @@ from imaging.vocabulary import Split
 from monitoring.reference import name_columns, summarise, write_reference
 from registry.architectures import build
 from registry.contract import Contract, write_contract
-from registry.engines import OUTPUTS, check_parity, open_engine
+from registry.engines import OUTPUTS, check_answers, check_parity, open_engine
 from registry.package import digest_package
 from training.datasets import Dataset, load_split, stage_folder
 
@@ -67,7 +67,9 @@ def _load(folder: Path, section: TaskSection) -> Any:
 def _contract(places: Places, task: str, section: TaskSection, data: Dataset) -> Contract:
     calibration = json.loads((places.stage(task, "calibrate") / "calibration.json").read_text())
     cohort = yaml.safe_load((places.stage(task, "cohort") / "cohort.yaml").read_text())
-    params = json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    # What is measured of a finished package is no part of it: editing those sections must not rename it.
+    made_from = section.model_dump(mode="json", exclude={"qualify", "reference"})
+    params = json.dumps(made_from, sort_keys=True)
     rows, columns = data.images.shape[2:]
     return Contract(
         task=task, title=section.title, kind=section.kind, modality=section.modality, classes=section.classes,
@@ -76,7 +78,7 @@ def _contract(places: Places, task: str, section: TaskSection, data: Dataset) ->
         max_batch=section.package.max_batch, preparation=section.preparation,
         temperature=calibration["temperature"], threshold=calibration["threshold"],
         tolerance=section.package.tolerance, intended_use=section.package.intended_use,
-        simulated=str(cohort["simulated"]),
+        simulated=str(cohort["simulation"]),
         lineage={"cohort": digest_cohort(places, task), "params": "sha256:" + _sha256(params.encode())},
     )  # fmt: skip
 
@@ -148,19 +150,23 @@ def _write_golden(network: Any, data: Dataset, count: int, folder: Path) -> None
         for name, values in (("images", images), ("logits", logits)):
             stream = io.BytesIO()
             np.save(stream, values, allow_pickle=False)
-            archive.writestr(
-                zipfile.ZipInfo(f"{name}.npy"), stream.getvalue()
-            )  # ZipInfo's date is fixed: 1980
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), stream.getvalue())  # its date is fixed: 1980
 
 
 def _describe(data: Dataset, engine: Any, contract: Contract) -> list[dict[str, Any]]:
     """The reference's rows: what serving will journal of the same images, by the same functions."""
+    from rich.console import Console
+    from rich.progress import track
+
     rows = []
+    starts, console = range(0, len(data.images), contract.max_batch), Console(stderr=True)
     facts = data.rows[["sha256", "subject", "site", "split"]].to_dict("records")
-    for start in range(0, len(data.images), contract.max_batch):
+    for start in track(starts, description=f"describe {data.rows['split'].iloc[0]}", console=console):
         images = data.images[start : start + contract.max_batch]
-        answers = contract.probabilities(engine.run(images).logits)
-        for image, answer, fact in zip(images, answers, facts[start:], strict=False):
+        answers = engine.run(images)
+        check_answers(answers, contract, len(images))
+        told = zip(images, contract.probabilities(answers.logits), facts[start:], strict=False)
+        for image, answer, fact in told:
             rows.append({**fact, **describe(image), **summarise(contract.kind, contract.classes, answer)})
     return rows
 

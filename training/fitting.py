@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from imaging.config import FitSection, Places, TaskSection
-from imaging.errors import ConfigError
+from imaging.errors import ConfigError, DataError
 from imaging.vocabulary import Kind, Split
 from registry.architectures import build
 from training.augmentation import augment, draw_augmentation
@@ -24,7 +24,8 @@ def fit(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
         that two clean runs write the same bytes.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or a batch is larger than the training set.
+        DataError: the validation loss was never a number.
     """
     import torch
     from safetensors.torch import save_file
@@ -52,18 +53,22 @@ def _train(
     network: Any, data: tuple[Dataset, Dataset], section: TaskSection, device: Any
 ) -> tuple[Any, list[Any]]:
     import torch
-    from rich.progress import Progress
 
     train, validation = data
     how = section.fit
     steps = len(train.images) // how.batch_size
+    if not steps:
+        raise ConfigError(
+            f"A batch of {how.batch_size} is more than the {len(train.images)} training images.",
+            "Lower `fit.batch_size` in params.yaml.",
+        )
     optimiser = torch.optim.AdamW(network.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, how.learning_rate, total_steps=max(2, how.epochs * steps)
     )
     loss = _loss(section, train).to(device)
-    best, least, epochs = network.state_dict(), float("inf"), []
-    with Progress() as progress:
+    best, least, epochs = None, float("inf"), []
+    with _progress() as progress:
         bar = progress.add_task(f"fit {section.title}", total=how.epochs * steps)
         for epoch in range(1, how.epochs + 1):
             total = 0.0
@@ -72,11 +77,22 @@ def _train(
                 schedule.step()
                 progress.advance(bar)
             found = _validate(network, validation, loss, device)
-            epochs.append({"epoch": epoch, "loss": total / max(steps, 1), "validation_loss": found})
-            if found < least:
+            epochs.append({"epoch": epoch, "loss": total / steps, "validation_loss": found})
+            if found < least:  # never true of NaN
                 best = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
                 least = found
+    if best is None:
+        raise DataError("The validation loss was never a number.", "Lower `fit.learning_rate`.")
     return best, epochs
+
+
+def _progress() -> Any:
+    """A bar on stderr that says how long it took: the seconds are printed and never written."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _batches(data: Dataset, how: FitSection, epoch: int) -> Any:
@@ -149,7 +165,8 @@ def _settle(how: FitSection) -> None:
 def _device(name: str) -> Any:
     import torch
 
-    there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
-    if not there[name.split(":")[0]]:
+    kind, _, number = name.partition(":")
+    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
+    if int(number or 0) >= count:
         raise ConfigError(f"There is no {name} here.", "Set `fit.device` in params.yaml to cpu.")
     return torch.device(name)
