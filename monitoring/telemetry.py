@@ -48,20 +48,29 @@ JOURNAL_ROWS = Counter("formulary_journal_rows", "Rows that the journal holds du
 JOURNAL_COMMIT = Histogram(
     "formulary_journal_commit_seconds", "Time of one journal commit", buckets=SECONDS, registry=METRICS
 )
-SERVING = Gauge("formulary_serving_version", "Version that answers", ["task", "site"], registry=METRICS)
 LOAD_FAILURES = Counter("formulary_load_failures", "Packages refused at load", ["task"], registry=METRICS)
 GENERATION = Gauge("formulary_ledger_generation", "Events in the ledger as last read", registry=METRICS)
 VALUES = {Drift.DRIFT: 1, Drift.IN_BOUNDS: 0, Drift.TOO_FEW: -1}
 
 
-class VerdictCollector:
-    """Reads the newest verdicts at each scrape: the monitor writes rows, Prometheus reads them here."""
+class StateCollector:
+    """What is true now, read at each scrape: the newest verdicts, and what serves where.
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    Args:
+        journal: the monitor writes verdict rows into it, Prometheus reads them here.
+        serving: (task, site) -> version.
+    """
+
+    def __init__(self, journal: Journal, serving: dict[tuple[str, str], int]) -> None:
+        self._journal, self._serving = journal, serving
 
     def collect(self) -> Iterator[Any]:
-        """One gauge for the verdict, one for its age."""
+        """One gauge for the version, one for the verdict, one for its age."""
+        place = ["task", "site"]
+        serving = GaugeMetricFamily("formulary_serving_version", "Version that answers", labels=place)
+        for (task, site), version in self._serving.items():
+            serving.add_metric([task, site], version)
+        yield serving
         drift = GaugeMetricFamily(
             "formulary_drift", "1 drift, 0 in bounds, -1 not enough cases", labels=["task", "site"]
         )
@@ -75,12 +84,16 @@ class VerdictCollector:
         yield age
 
 
-def exposition(journal: Journal) -> tuple[bytes, str]:
+def exposition(journal: Journal, serving: dict[tuple[str, str], int]) -> tuple[bytes, str]:
     """Everything for a scrape.
+
+    Args:
+        journal: for the newest verdicts.
+        serving: (task, site) -> version.
 
     Returns:
         The text, and its content type.
     """
-    verdicts = CollectorRegistry()
-    verdicts.register(VerdictCollector(journal))
-    return generate_latest(METRICS) + generate_latest(verdicts), CONTENT_TYPE_LATEST
+    state = CollectorRegistry()
+    state.register(StateCollector(journal, serving))
+    return generate_latest(METRICS) + generate_latest(state), CONTENT_TYPE_LATEST

@@ -22,7 +22,7 @@ DIGEST = "package_digest"
 SILENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
+    "GIT_PYTHON_REFRESH": "quiet", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }  # fmt: skip
 
 
@@ -42,8 +42,11 @@ def open_store(var: Path) -> Any:
     """
     os.environ.update(SILENT)
     import logging
+    import warnings
 
     import mlflow
+
+    warnings.filterwarnings("ignore", module="mlflow")
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)

@@ -43,11 +43,12 @@ def qualify(task: str) -> None:
 def serve(port: int) -> None:
     """Run the gateway on loopback until stopped."""
     places = read_places()
-    environment = {
-        "FORMULARY_ROOT": str(places.root), "FORMULARY_VAR": str(places.var.resolve()),
-        "OMP_NUM_THREADS": "1", "BENTOML_HOME": str(places.var.resolve() / "bentoml"), "BENTOML_DO_NOT_TRACK": "true",
+    var = places.var.resolve()
+    settings = {
+        "FORMULARY_ROOT": str(places.root), "FORMULARY_VAR": str(var), "OMP_NUM_THREADS": "1",
+        "BENTOML_HOME": str(var / "bentoml"), "BENTOML_DO_NOT_TRACK": "true",
     }  # fmt: skip
-    os.environ.update({name: os.environ.get(name, value) for name, value in environment.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in settings.items()})
     command = [sys.executable, "-m", "bentoml", "serve", "services.gateway:Gateway", "--host", "127.0.0.1"]
     os.execv(sys.executable, [*command, "--port", str(port)])
 

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from monitoring.journal import open_journal
-
 from imaging.config import Params, Places, Sites
 from imaging.errors import DataError, NotReady
+from monitoring.journal import open_journal
 from registry.ledger import open_ledger
 from services.demo_report import print_table, write_pages
 from services.stack import PORTS, Stack, free_port, is_free, stack_environment
@@ -158,7 +157,9 @@ class Demo:
         with Progress(console=self._console) as progress:
             for task, folder in folders.items():
                 bar = progress.add_task(f"  {task:<26}", total=self._subjects * len(self._sites.sites))
-                answers[task] = send_traffic(address, task, folder, lambda bar=bar: progress.advance(bar))
+                answers[task] = send_traffic(
+                    address, (task, self._params.task(task)), folder, lambda bar=bar: progress.advance(bar)
+                )
         self._say("monitor", "Evidently compares each site with its reference")
         verdicts = self._wait_for_verdicts(answers, before)
         self._say("mlflow", stack.wait_until_ready("mlflow", "/health"))

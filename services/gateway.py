@@ -37,6 +37,7 @@ class Front:
     metrics={"enabled": False},
     tracing={"excluded_urls": ["/.*"]},
     traffic={"timeout": 60},
+    logging={"access": {"enabled": False}},
     http={"host": "127.0.0.1"},
 )
 @bentoml.asgi_app(APPLICATION, path="/")

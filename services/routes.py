@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,9 +22,12 @@ from starlette.routing import Route
 
 from imaging.config import Places, read_sites
 from imaging.errors import FormularyError, NotReady
+from imaging.reading import decode
+from imaging.vocabulary import ContentType, Modality
 from monitoring import telemetry
 from monitoring.journal import Prediction, commit_in_groups, open_journal, pseudonym
 from services import guard
+from services.encoding import encode
 from services.findings import NOTICE, Taken, find, take
 from services.problems import answer_http, answer_problem, answer_unexpected, name_problem, request_id
 from services.schemas import describe_api
@@ -158,7 +162,8 @@ class Routes:
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus' scrape."""
-        text, kind = await asyncio.to_thread(telemetry.exposition, self._journal)
+        serving = {place: served.version for place, served in self._slots.table.items()}
+        text, kind = await asyncio.to_thread(telemetry.exposition, self._journal, serving)
         return Response(text, headers={"Content-Type": kind})
 
     async def openapi(self, request: Request) -> Response:
@@ -176,6 +181,7 @@ class Routes:
     @asynccontextmanager
     async def _live(self, _: Starlette) -> AsyncIterator[None]:
         await asyncio.to_thread(self._slots.start)
+        await asyncio.to_thread(_warm_readers)
         yield
         self._draining = True
         await asyncio.to_thread(self._slots.stop)
@@ -196,6 +202,13 @@ def _answer(request: Request, row: Prediction, answer: dict[str, Any], watch: St
         f"{name};dur={spent}" for name, spent in watch.stages_ms.items()
     )
     return response
+
+
+def _warm_readers() -> None:
+    """Read one file of each kind: the first DICOM object would wait for its library otherwise."""
+    pixels = np.zeros((8, 8), np.uint16)
+    for kind in ContentType:
+        decode(encode(pixels, kind, 1.0, Modality.MR), kind)
 
 
 def _json(value: Any, request: Request) -> Response:

@@ -154,7 +154,6 @@ class Slots:
             (time.monotonic(), served) for digest, served in loaded.items() if digest not in used
         ]
         self.table, self._generation = table, generation
-        self._tell(table)
 
     def _close_retired(self) -> None:
         """End what was swapped out long enough ago that no request can still hold it."""
@@ -194,8 +193,3 @@ class Slots:
                 self.refresh()
             except Exception:  # a database that is busy or away must not end the following
                 LOG.exception("the ledger could not be followed")
-
-    def _tell(self, table: Table) -> None:
-        telemetry.SERVING.clear()
-        for (task, site), served in table.items():
-            telemetry.SERVING.labels(task, site).set(served.version)

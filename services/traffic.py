@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from imaging.config import TaskSection
 from services.encoding import encode
 
 CLIENTS = 4
@@ -36,12 +37,14 @@ class Answered:
         return round(float(np.percentile(self.latencies_ms, share)), 2) if self.latencies_ms else None
 
 
-def send_traffic(address: str, task: str, folder: Path, advance: Any) -> dict[str, Answered]:
+def send_traffic(
+    address: str, asked: tuple[str, TaskSection], folder: Path, advance: Any
+) -> dict[str, Answered]:
     """Send every image of a traffic folder, each site's in order, as the content types that hospitals use.
 
     Args:
         address: of the gateway.
-        task: the task to ask.
+        asked: the task, and its section of params.yaml.
         folder: what `formulary training traffic` wrote.
         advance: called once an answer, for the progress bar.
 
@@ -53,6 +56,7 @@ def send_traffic(address: str, task: str, folder: Path, advance: Any) -> dict[st
 
     table = pd.read_parquet(folder / "traffic.parquet")
     pixels = np.load(folder / "traffic.npy", mmap_mode="r")
+    task, section = asked
     found = {str(site): Answered() for site in table["site"].unique()}
     with httpx.Client(base_url=address, timeout=30) as client, ThreadPoolExecutor(CLIENTS) as pool:
 
@@ -64,7 +68,7 @@ def send_traffic(address: str, task: str, folder: Path, advance: Any) -> dict[st
                     client,
                     task,
                     (site, str(facts["subject"])),
-                    _encode(pixels[row], facts, number),
+                    _encode(pixels[row], (facts, section), number),
                     found[site],
                 )
                 advance()
@@ -73,10 +77,12 @@ def send_traffic(address: str, task: str, folder: Path, advance: Any) -> dict[st
     return found
 
 
-def _encode(pixels: Any, facts: Any, number: int) -> tuple[bytes, str]:
+def _encode(pixels: Any, about: tuple[Any, TaskSection], number: int) -> tuple[bytes, str]:
     kinds = ("application/dicom", "application/x-nifti", "application/x-npy", "image/png")
     kind = kinds[number % len(kinds)]
-    return encode(pixels, kind, float(facts["spacing_mm"]), str(facts["modality"])), kind
+    facts, section = about
+    offset = section.package.png_offset
+    return encode(pixels, kind, float(facts["spacing_mm"]), section.modality, offset), kind
 
 
 def _send(client: Any, task: str, who: tuple[str, str], body: tuple[bytes, str], kept: Answered) -> None:

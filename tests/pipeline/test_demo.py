@@ -1,0 +1,191 @@
+"""The main job, run whole: pipeline, registry, gate, serving, journal, monitor, MLflow."""
+
+import json
+import shutil
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from registry.package import digest_package
+
+TASKS = ("brain-tissue", "lung-nodule")
+SITES = ("north", "east", "south", "west", "harbour")
+
+
+@pytest.fixture(scope="session")
+def told(demo):
+    return json.loads((demo.var / "demo.json").read_text())
+
+
+def test_the_demo_tells_each_fact_for_machines(told):
+    assert told["seconds"] > 0
+    for task in TASKS:
+        facts = told["tasks"][task]
+        assert facts["version"] == 1
+        assert facts["verdict"]["passed"] is True
+        assert facts["verdict"]["reasons"]
+        assert facts["latency_ms"]["p50"] <= facts["latency_ms"]["p99"]
+        assert set(facts["drift"]) == set(SITES)
+        for site in SITES:
+            for name, (estimate, low, high) in facts["sites"][site].items():
+                assert 0 <= low <= estimate <= high <= 1, (task, site, name)
+
+
+def test_the_terminal_shows_every_site_and_what_is_simulated(demo):
+    for word in (*TASKS, *SITES, "approved", "refused", "simulated", "index.html"):
+        assert word in demo.output
+
+
+def test_an_approved_site_was_answered_and_a_refused_one_was_told_why(told):
+    for task in TASKS:
+        served = told["tasks"][task]["served"]
+        assert served["north"]["answers"] == 24
+        assert served["harbour"]["answers"] == 0
+        (reason,) = served["harbour"]["refusals"]
+        assert "harbour" in reason
+
+
+def test_every_answer_stands_in_the_journal(demo, told):
+    answered = sum(site["answers"] for task in TASKS for site in told["tasks"][task]["served"].values())
+    with sqlite3.connect(demo.var / "journal.db") as journal:
+        assert journal.execute("SELECT COUNT(*) FROM predictions").fetchone()[0] == answered
+
+
+def test_the_reports_are_whole_pages_that_need_no_network(told):
+    assert len(told["reports"]) >= 3 + 2 * 4
+    for name, path in told["reports"].items():
+        text = Path(path).read_text()
+        assert "<html" in text.lower(), name
+        assert 'src="http' not in text, name
+
+
+def test_a_second_repro_runs_nothing(demo):
+    assert "up to date" in demo.run("dvc", "repro").stdout
+
+
+def test_one_changed_section_reruns_that_task_alone(demo):
+    original = (demo.root / "params.yaml").read_text()
+    try:
+        demo.edit_params(lambda params: params["tasks"]["lung-nodule"]["reference"].update(repeats=21))
+        status = json.loads(demo.run("dvc", "status", "--json").stdout)
+        assert set(status) == {"reference@lung-nodule"}
+    finally:
+        (demo.root / "params.yaml").write_text(original)
+
+
+def test_the_pipeline_can_be_drawn(demo):
+    graph = demo.run("dvc", "dag", "--mermaid").stdout
+    assert all(f"{stage}@{TASKS[0]}" in graph for stage in ("cohort", "fit", "evaluate", "reference"))
+
+
+def test_a_clean_run_in_another_folder_gives_the_same_package(demo):
+    for stage in ("cohort", "split", "check", "fit", "calibrate", "package"):
+        demo.formulary(
+            "training", stage, "--task", "brain-tissue", FORMULARY_BUILD=str(demo.root / "build-again")
+        )
+    packages = [demo.root / folder / "brain-tissue" / "package" for folder in ("build", "build-again")]
+    assert digest_package(packages[0]) == digest_package(packages[1])
+
+
+ALONE = """
+import importlib.util, json, sys
+sys.path[:] = [p for p in sys.path if not importlib.machinery.PathFinder.find_spec("registry", [p])]
+assert not any(importlib.util.find_spec(d) for d in ("imaging", "registry", "services"))
+import mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/brain-tissue@champion")
+answer = model.predict(np.random.default_rng(0).uniform(0, 4000, (3, 112, 96)).astype("float32"))
+print(json.dumps([list(answer.shape), float(abs(answer.sum(1) - 1).max())]))
+"""
+
+
+def load_alone(demo, tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    uri = f"sqlite:///{demo.var}/mlflow/mlflow.db"
+    done = demo.run(sys.executable, "-I", str(tmp_path / "alone.py"), uri,
+                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_mlflow_alone_answers_with_the_champion(demo, tmp_path):
+    shape, error = load_alone(demo, tmp_path)
+    assert shape == [3, 4, 112, 96]
+    assert error < 1e-5
+
+
+def test_mlflow_shows_runs_metrics_cohorts_versions_and_aliases(demo):
+    script = """
+import json, sys, mlflow
+c = mlflow.MlflowClient(sys.argv[1]); m = c.get_registered_model("lung-nodule")
+v = c.get_model_version_by_alias("lung-nodule", "champion"); run = c.get_run(v.run_id)
+print(json.dumps([sorted(m.aliases), v.version, v.tags, run.data.metrics, run.data.params,
+                  len(run.inputs.dataset_inputs)]))
+"""
+    uri = f"sqlite:///{demo.var}/mlflow/mlflow.db"
+    aliases, version, tags, metrics, params, inputs = json.loads(
+        demo.run(sys.executable, "-c", script, uri).stdout.splitlines()[-1]
+    )
+    assert aliases == ["champion", *sorted(f"champion--{site}" for site in SITES if site != "harbour")]
+    assert int(version) == 1
+    assert {"overall.sensitivity", "north.specificity.low", "validation_loss"} <= set(metrics)
+    assert params["cohort.profile"] == "tiny"
+    assert {"package_digest", "commit", "cohort.test", "cohort.external", "dvc_lock"} <= set(tags)
+    assert tags["commit"] == demo.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert inputs == 2
+
+
+def test_a_lost_mlflow_is_filled_again_by_register(demo, tmp_path):
+    shutil.move(demo.var / "mlflow", tmp_path / "lost")
+    told = demo.formulary("registry", "register", "--identity", "author@demo").stdout
+    assert "MLflow has v1 now" in told
+    assert load_alone(demo, tmp_path)[0] == [3, 4, 112, 96]
+
+
+def test_the_ledger_and_every_package_verify(demo):
+    assert "2 packages hold" in demo.formulary("registry", "verify").stdout
+
+
+def test_the_ledger_says_who_asked_and_who_approved(demo):
+    events = json.loads(demo.formulary("registry", "history", "brain-tissue", "--json").stdout)
+    assert [(event["kind"], event["actor"]) for event in events] == [
+        ("registered", "author@demo"), ("requested", "author@demo"), ("approved", "approver@demo"),
+    ]  # fmt: skip
+
+
+def test_an_image_is_answered_without_a_server(demo, tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "slice.npy", np.load(demo.root / "build/lung-nodule/cohort/images.npy")[0])
+    done = demo.formulary("predict", str(tmp_path / "slice.npy"), "--task", "lung-nodule", "--json")
+    told = json.loads(done.stdout)
+    assert abs(sum(told["probabilities"].values()) - 1) < 1e-5
+
+
+def test_the_doctor_finds_this_checkout_well(demo):
+    checks = json.loads(demo.formulary("doctor", "--json", check=False).stdout)
+    assert {check["name"] for check in checks} >= {"python", "packages", "disk", "keys"}
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("params.yaml", "epochs:", "epoch:"), ("sites.yaml", "title:", "tilte:"),
+     ("registry/policies/lung-nodule.yaml", "internal:", "internl:")],
+)  # fmt: skip
+def test_a_misspelt_key_is_refused_by_name(demo, name, old, new):
+    path = demo.root / name
+    original = path.read_text()
+    try:
+        path.write_text(original.replace(old, new))
+        assert yaml.safe_load(path.read_text())
+        done = demo.formulary("registry", "promote", "lung-nodule", "1", "--dry-run", check=False)
+        if name == "params.yaml":
+            done = demo.formulary("training", "split", "--task", "lung-nodule", check=False)
+        assert done.returncode == 1
+        assert new.rstrip(":") in done.stderr
+        assert f"did you mean '{old.rstrip(':')}'" in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        path.write_text(original)
