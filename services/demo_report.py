@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from imaging.config import Places
-from imaging.vocabulary import Drift
 
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 
 
 def interval(score: list[float] | None) -> str:
-    """`.84 [.76 .90]`."""
-    return "-" if score is None else "{:.2f} [{:.2f} {:.2f}]".format(*score)
+    """`.84 [.76 .90]`, or `1.00 [.97 1.00]`."""
+    if score is None:
+        return "-"
+    middle, low, high = (f"{value:.2f}".removeprefix("0") for value in score)
+    return f"{middle} [{low} {high}]"
 
 
 def headline(told: dict[str, Any]) -> list[str]:
@@ -50,18 +52,21 @@ def write_pages(places: Places, told: dict[str, Any]) -> dict[str, str]:
 
 
 def print_table(console: Any, result: dict[str, Any], places: Places) -> None:
-    """Print the table of task x site, and where to look next."""
+    """Print the table of task x site, a line for each site that needs one, and where to look next."""
     from rich.table import Table
 
     for task, told in result["tasks"].items():
         metrics = headline(told)
         table = Table(title=f"{task} v{told['version']}", title_justify="left", box=None, header_style="bold")
-        for name in ("site", *metrics, "gate", "serves", "answers", "p50 / p99 ms", "drift"):
-            table.add_column(name.replace("_", " "), overflow="fold")
+        for name in ("site", *metrics, "gate", "drift", "answers", "p50 / p99 ms"):
+            table.add_column(name.replace("_", " "))
         for site, scores in told["sites"].items():
             table.add_row(site, *(interval(scores.get(name)) for name in metrics), *_tail(told, site))
         console.print()
         console.print(table)
+        for site in told["sites"]:
+            for note in _notes(told, site):
+                console.print(f" {site}: {note}", highlight=False)
     console.print(
         f"\nResearch use only; simulated sites, see data/README.md. Took {result['seconds']:.0f} s."
     )
@@ -72,14 +77,18 @@ def print_table(console: Any, result: dict[str, Any], places: Places) -> None:
 
 
 def _tail(told: dict[str, Any], site: str) -> tuple[str, ...]:
-    served, gate = told["served"][site], told["gate"][site]
-    word = "approved" if gate["passed"] else "[red]refused[/]: " + "; ".join(gate["reasons"])
-    spent = f"{served['p50_ms']} / {served['p99_ms']}" if served["answers"] else "-"
-    drift = (
-        f"[red]DRIFT[/] {told['drift_detail'][site]}" if told["drift"][site] else told["drift_detail"][site]
-    )
-    version = f"v{served['version']}" if served["version"] else "nothing"
-    return word, version, str(served["answers"]), spent, drift or Drift.IN_BOUNDS
+    served = told["served"][site]
+    gate = f"approved v{served['version']}" if told["gate"][site]["passed"] else "[red]refused[/]"
+    drift = "[red]DRIFT[/]" if told["drift"][site] else "in bounds" if served["answers"] else "-"
+    spent = f"{served['p50_ms']:.0f} / {served['p99_ms']:.0f}" if served["answers"] else "-"
+    return gate, drift, str(served["answers"]), spent
+
+
+def _notes(told: dict[str, Any], site: str) -> list[str]:
+    """What went wrong at a site, in words."""
+    gate = told["gate"][site]
+    refused = [] if gate["passed"] else ["refused, " + "; ".join(gate["reasons"])]
+    return refused + ([f"drift, {told['drift_detail'][site]}"] if told["drift"][site] else [])
 
 
 def _short(value: Any) -> str:

@@ -7,9 +7,8 @@ import pytest
 from imaging.errors import ConfigError
 from imaging.manifest import digest_file
 from imaging.vocabulary import Kind
+from tests.tiny import make_section
 from training.fitting import fit
-
-from .conftest import make_section
 
 
 def change(section, **fit_keys):

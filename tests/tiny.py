@@ -1,0 +1,147 @@
+"""Tasks that need no cohort builder: discs on noise, three sites, fitted in seconds. No fixtures here."""
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from imaging.config import Params, Places, read_params, read_sites
+from imaging.manifest import digest_pixels, write_manifest
+from imaging.vocabulary import Kind
+
+ROOT = Path(__file__).parents[1]
+SITES = ("north", "east", "harbour")
+SIZE = 32
+
+
+def draw_case(kind, rng):
+    """A bright disc (class 1) that a ring (class 2) surrounds; a classification case has a disc or none."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    distance = np.hypot(y - rng.integers(12, 20), x - rng.integers(12, 20))
+    label = int(rng.random() < 0.5)
+    mask = np.where(distance < 5, 1, np.where(distance < 8, 2, 0)).astype(np.uint8)
+    if kind is Kind.CLASSIFICATION:
+        mask = ((distance < 5) & bool(label)).astype(np.uint8)
+    level = np.array([0.0, 300.0, 150.0])[mask] - 600
+    return (level + rng.normal(0, 60, mask.shape)).astype(np.int16), mask, label
+
+
+def write_cohort(places, task, kind, subjects=24):
+    """A cohort and its split as those stages write them: two images a subject."""
+    import pandas as pd
+
+    rng = np.random.default_rng(4)
+    rows, images, masks, splits = [], [], [], []
+    for site in SITES:
+        for number in range(subjects):
+            split = ("train", "train", "validation", "test")[number % 4] if site != "harbour" else "external"
+            for _ in range(2):
+                pixels, mask, label = draw_case(kind, rng)
+                rows.append({
+                    "image": "images.npy", "mask": "masks.npy", "row": len(rows),
+                    "sha256": digest_pixels(pixels), "subject": f"{site}-{number:04d}", "site": site,
+                    "site_kind": "external" if site == "harbour" else "internal", "scanner": "drawn",
+                    "acquired": "2024-01-01", "age_band": "40-59", "sex": "F", "modality": "CT",
+                    "spacing_mm": 2.0, "label": label if kind is Kind.CLASSIFICATION else None,
+                    "licence": "none", "redistributable": site != "north", "simulated": True,
+                })  # fmt: skip
+                images.append(pixels)
+                masks.append(mask)
+                splits.append(split)
+    cohort, split = places.stage(task, "cohort"), places.stage(task, "split")
+    cohort.mkdir(parents=True)
+    split.mkdir(parents=True)
+    np.save(cohort / "images.npy", np.stack(images))
+    np.save(cohort / "masks.npy", np.stack(masks))
+    (cohort / "cohort.yaml").write_text("simulation: Everything is drawn.\n")
+    write_manifest(rows, cohort / "manifest.parquet")
+    table = pd.read_parquet(cohort / "manifest.parquet").assign(split=splits)
+    table.to_parquet(split / "manifest.parquet", index=False)
+
+
+def describe_task(kind):
+    """The checkout's own section for CT, made tiny."""
+    task = yaml.safe_load((ROOT / "params.yaml").read_text())["tasks"]["lung-nodule"]
+    cnn = {"name": "cnn", "channels": [4, 8], "dropout": 0.0}
+    unet = {"name": "unet", "channels": [4, 8, 8], "dropout": 0.0}
+    segments = kind is Kind.SEGMENTATION
+    task |= {"kind": str(kind), "classes": ["background", "disc", "rim"] if segments else ["none", "disc"]}
+    task["fit"] |= {"architecture": unet if segments else cnn, "epochs": 3, "batch_size": 8,
+                    "learning_rate": 0.02, "threads": 1, "device": "cpu"}  # fmt: skip
+    task["package"] |= {"golden": 4, "max_batch": 16}
+    task["cohort"] |= {"profile": "tiny"}
+    task["reference"] |= {"window": 20, "repeats": 20}
+    return task
+
+
+def describe_params(**kinds):
+    """params.yaml as a dictionary: a tiny task of each name and kind."""
+    profiles = {"tiny": {"internal": 24, "external": 24, "views": 2}}
+    return {"profiles": profiles, "tasks": {name: describe_task(kind) for name, kind in kinds.items()}}
+
+
+def make_section(kind):
+    """A tiny task's section, typed."""
+    return Params.model_validate(describe_params(tiny=kind)).task("tiny")
+
+
+def run_stages(places, section, task="tiny"):
+    """From a split to an evaluated package, in this process."""
+    from training.calibration import calibrate
+    from training.evaluation import evaluate
+    from training.exporting import export
+    from training.fitting import fit
+
+    fit(places, task, section)
+    calibrate(places, task, section)
+    digest = export(places, task, section)
+    evaluate(places, task, section)
+    return digest
+
+
+def write_root(root, **kinds):
+    """A checkout's three kinds of decision: params.yaml, sites.yaml and a policy for each task."""
+    (root / "params.yaml").write_text(yaml.safe_dump(describe_params(**kinds)))
+    sites = {name: {"kind": "external" if name == "harbour" else "internal", "title": name} for name in SITES}
+    (root / "sites.yaml").write_text(yaml.safe_dump({"sites": sites}))
+    for task, kind in kinds.items():
+        metric = "dice" if kind is Kind.SEGMENTATION else "auc"
+        asked = {"subjects": 1, "low": {metric: 0.0}}
+        # The external site asks for what nobody reaches, so one site stays without an approved version.
+        policy = {"task": task, "why": "A test.", "network": asked, "internal": asked,
+                  "external": {"subjects": 1000, "low": {metric: 1.0}},
+                  "statements": ["package", "evaluation", "qualification", "alarms"]}  # fmt: skip
+        (root / f"{task}.yaml").write_text(yaml.safe_dump(policy))
+    return Places(root=root, build=root / "build", var=root / "var")
+
+
+def train(places, task):
+    """Every stage of a task, then registered; its version's number."""
+    from monitoring.alarms import write_alarms
+    from registry.access import admit
+    from registry.ledger import open_ledger
+    from registry.promotion import register
+    from services.qualification import qualify
+
+    section = read_params(places).task(task)
+    if not places.stage(task, "cohort").exists():
+        write_cohort(places, task, section.kind)
+    run_stages(places, section, task)
+    qualify(places, task, section)
+    write_alarms(places, task, section)
+    ledger = open_ledger(places.var)
+    return register(places, ledger, task, admit(places.var, ledger, "author@test")).version
+
+
+def promote(places, task, version):
+    """Asked for by one person and approved by another; the sites where the version serves now."""
+    from registry.access import admit
+    from registry.ledger import open_ledger
+    from registry.policy import digest_policy, read_policy
+    from registry.promotion import approve, request
+
+    ledger = open_ledger(places.var)
+    author, approver = (admit(places.var, ledger, f"{who}@test") for who in ("author", "approver"))
+    judged = read_policy(task, places.root), digest_policy(task, places.root), read_sites(places)
+    request(ledger, places.var, ledger.version(task, version)[1], judged, author)
+    return approve(ledger, places.var, task, version, (approver, "A test."))
