@@ -80,10 +80,11 @@ def wilson(right: NDArray[np.integer], subjects: NDArray[Any], confidence: float
     low, high = proportion_confint(
         float(right.sum()) / effect, len(right) / effect, alpha=1 - confidence, method="wilson"
     )
+    share = float(right.mean())
     return Estimate(
-        estimate=float(right.mean()),
-        low=float(low),
-        high=float(high),
+        estimate=share,
+        low=min(float(low), share),  # the last bit of a 0 or a 1 must not put the estimate outside
+        high=max(float(high), share),
         confidence=confidence,
         subjects=len(np.unique(subjects)),
         method="Wilson, design effect by subject",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from imaging.vocabulary import Drift
 
 SMALLEST_REFERENCE = 20
 SILENT = {"DO_NOT_TRACK": "1"}
+HEAD = """<div style="font:16px/1.5 system-ui,sans-serif;padding:1rem 2rem;background:#fff6dd;color:#222">
+<h1 style="font-size:22px;margin:0">{}</h1>{} {}</div>"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Comparison:
         columns: what is tested, each at alpha / number of columns.
         alpha: false alarms a window, over all columns.
         window: subjects; a shorter window is "not enough cases".
+        simulated: what of the reference is not real, in plain words; stands on top of the report.
     """
 
     task: str
@@ -34,6 +39,7 @@ class Comparison:
     columns: tuple[str, ...]
     alpha: float
     window: int
+    simulated: str
 
     @property
     def level(self) -> float:
@@ -73,19 +79,29 @@ def compare(reference: Any, current: Any, how: Comparison, var: Path) -> Verdict
     snapshot.save_html(str(path))
     _keep(snapshot, how, var)
     moved = sorted((name for name in values if values[name] < how.level), key=lambda name: values[name])
-    if not moved:
-        return Verdict(Drift.IN_BOUNDS, "in bounds", values, str(path))
-    return Verdict(Drift.DRIFT, _explain(reference, current, moved), values, str(path))
+    detail = _explain(reference, current, moved) if moved else "in bounds"
+    _head(path, how, detail)
+    return Verdict(Drift.DRIFT if moved else Drift.IN_BOUNDS, detail, values, str(path))
 
 
 def find_change(values: np.ndarray) -> int:
     """The case (1, 2, ...) from which a stream's mean differs most from before (least squares)."""
-    ranks = np.argsort(np.argsort(values)).astype(float)  # ranks: one outlier moves nothing
-    counts = np.arange(1, len(ranks))
-    before = np.cumsum(ranks)[:-1]
-    after = ranks.sum() - before
-    gain = before**2 / counts + after**2 / (len(ranks) - counts)
+    kept = np.clip(values, *np.quantile(values, (0.025, 0.975)))  # so that one outlier moves nothing
+    centred = kept - kept.mean()
+    counts = np.arange(1, len(centred))
+    before = np.cumsum(centred)[:-1]
+    gain = before**2 / counts + before**2 / (len(centred) - counts)
     return int(np.argmax(gain)) + 2
+
+
+def _head(path: Path, how: Comparison, detail: str) -> None:
+    """Say on top of Evidently's page what it is about: its own page names no site."""
+    words = [html.escape(f"{how.task} v{how.version} at {how.site}: {detail}"),
+             f"The newest {how.window} subjects against this site's reference, one row a subject; each of "
+             f"{len(how.columns)} columns is tested at p &lt; {how.level:.2g}.",
+             f"Research use only. {html.escape(how.simulated)}"]  # fmt: skip
+    head = HEAD.format(*words)
+    path.write_text(re.sub(r"(<body[^>]*>)", lambda found: found[1] + head, path.read_text(), count=1))
 
 
 def _explain(reference: Any, current: Any, moved: list[str]) -> str:
@@ -108,7 +124,7 @@ def _run(reference: Any, current: Any, how: Comparison) -> Any:
     definition = DataDefinition(numerical_columns=list(how.columns))
     old, new = (Dataset.from_pandas(table[list(how.columns)], definition) for table in (reference, current))
     metrics = [ValueDrift(column=name, method="ks", threshold=how.level) for name in how.columns]
-    metadata = {"task": how.task, "site": how.site, "version": str(how.version), "notice": "simulated sites"}
+    metadata = {"task": how.task, "site": how.site, "version": str(how.version), "simulated": how.simulated}
     return Report(metrics, metadata=metadata, tags=[how.site, f"v{how.version}"]).run(new, old)
 
 
@@ -123,5 +139,5 @@ def _keep(snapshot: Any, how: Comparison, var: Path) -> None:
 
     workspace = Workspace.create(str(var / "evidently"))
     found = workspace.search_project(how.task)
-    project = found[0] if found else workspace.create_project(how.task, "Research use only; simulated sites.")
+    project = found[0] if found else workspace.create_project(how.task, f"Research use only. {how.simulated}")
     workspace.add_run(project.id, snapshot, include_data=False, name=f"{how.site} v{how.version}")

@@ -92,6 +92,7 @@ class Journal:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._file = self._identify()
 
     def append(self, rows: Sequence[Prediction]) -> None:
         """Write rows in one transaction, durable when this returns.
@@ -109,11 +110,7 @@ class Journal:
             "image, columns, stages_ms) VALUES (:id, :at, :request_id, :task, :site, :version, :package, "
             ":engine, :subject, :image, :columns, :stages_ms)"
         )
-        try:
-            with writing(self._engine).begin() as connection:
-                connection.execute(insert, values)
-        except SQLAlchemyError as error:
-            raise _down(error) from error
+        self._write(insert, values)
 
     def last_seq(self, task: str | None = None, site: str | None = None) -> int:
         """The newest row's number, of everything or of one task and site; 0 when there is none."""
@@ -167,11 +164,7 @@ class Journal:
         insert = text(
             f"INSERT INTO verdicts ({', '.join(names)}) VALUES ({', '.join(':' + name for name in names)})"
         )
-        try:
-            with writing(self._engine).begin() as connection:
-                connection.execute(insert, {**asdict(row), "columns": _dump(row.columns)})
-        except SQLAlchemyError as error:
-            raise _down(error) from error
+        self._write(insert, {**asdict(row), "columns": _dump(row.columns)})
 
     def newest_verdicts(self) -> list[VerdictRow]:
         """The newest verdict of every task and site."""
@@ -189,6 +182,22 @@ class Journal:
         )
         rows = self._read(query, task=task, site=site, version=version, back=8 * subjects)
         return int(rows[0]["seq"]) if rows else 0
+
+    def _write(self, insert: Any, values: Any) -> None:
+        """Commit, and see that what was written to is still the journal: SQLite does not notice a removal."""
+        try:
+            with writing(self._engine).begin() as connection:
+                connection.execute(insert, values)
+            opened, self._file = self._file, self._identify()
+        except (SQLAlchemyError, OSError) as error:
+            raise _down(error) from error
+        if opened != self._file:
+            self._engine.dispose()  # the next write opens the file that lies there now
+            raise JournalDown("The journal's file was replaced.", "Ask again.")
+
+    def _identify(self) -> tuple[int, int]:
+        told = os.stat(str(self._engine.url.database))
+        return told.st_dev, told.st_ino
 
     def _read(self, query: Any, **values: Any) -> list[dict[str, Any]]:
         try:

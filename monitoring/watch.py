@@ -13,6 +13,7 @@ from imaging.errors import FormularyError
 from monitoring.drift import Comparison, compare
 from monitoring.journal import Journal, VerdictRow, open_journal
 from monitoring.reference import name_columns, read_reference
+from registry.contract import read_contract
 from registry.ledger import Ledger, Placement, open_ledger
 from registry.package import shelf
 
@@ -62,12 +63,14 @@ class Monitor:
 
         name, section = task
         columns = name_columns(section.kind, section.classes)
+        package = shelf(self._places.var, placement.digest)
         how = Comparison(
-            name, site, placement.version, columns, section.reference.alpha, section.reference.window
-        )
+            task=name, site=site, version=placement.version, columns=columns, alpha=section.reference.alpha,
+            window=section.reference.window, simulated=read_contract(package).simulated,
+        )  # fmt: skip
         last = self.journal.last_seq(name, site)
         rows = self.journal.read_window(name, site, placement.version, how.window)
-        reference = read_reference(shelf(self._places.var, placement.digest), site, columns)
+        reference = read_reference(package, site, columns)
         verdict = compare(reference, pd.DataFrame(rows, columns=["seq", *columns]), how, self._places.var)
         kept = VerdictRow(
             at=datetime.now(UTC).isoformat(timespec="milliseconds"), task=name, site=site,

@@ -220,8 +220,8 @@ class Demo:
             "version": gate["version"],
             "verdict": {"passed": any(found["passed"] for found in gate["sites"].values()),
                         "reasons": _reasons(gate)},
-            "sites": {site: {name: _ends(score) for name, score in scores.items()}
-                      for site, scores in body["sites"].items()},
+            "sites": {site: {name: _ends(score) for name, score in body["sites"][site].items()}
+                      for site in self._sites.sites if site in body["sites"]},
             "gate": gate["sites"],
             "served": {site: {"answers": answered.answers, "version": answered.version,
                               "p50_ms": answered.percentile(50), "p99_ms": answered.percentile(99),

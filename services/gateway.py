@@ -6,6 +6,9 @@ The serving process imports no mlflow, monai, evidently, great_expectations or d
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from typing import Any, cast
 
 import bentoml
@@ -19,6 +22,13 @@ from services.slots import Slots
 configure_logs(("imaging", "registry", "monitoring", "services"))
 PLACES = read_places()
 APPLICATION = Routes(PLACES, Slots(PLACES, os.environ.get("FORMULARY_ENGINE", "openvino/f32"))).build()
+
+
+def end_with(parent: int) -> None:
+    """Stop this worker once BentoML's supervisor is gone: an orphan would answer on and hold the port."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Front:
@@ -43,6 +53,10 @@ class Front:
 @bentoml.asgi_app(APPLICATION, path="/")
 class Gateway:
     """Carries our ASGI application: processes, ports and start-up are BentoML's."""
+
+    def __init__(self) -> None:
+        """Runs in the worker that answers."""
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 cast("Any", Gateway).add_asgi_middleware(Front)

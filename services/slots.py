@@ -97,6 +97,7 @@ class Slots:
         self.table: Table = {}
         self._generation = -1
         self._refused: set[str] = set()
+        self._withheld: dict[tuple[str, str], int] = {}
         self._retired: list[tuple[float, Served]] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -122,12 +123,19 @@ class Slots:
         Raises:
             UnknownTask: no such task.
             NotApproved: nothing is approved there.
+            TrustError: what is approved there was changed, and nothing served before it.
             NotReady: the service has not read the ledger yet.
         """
         if task not in self.tasks:
             raise UnknownTask(f"No task {task[:60]!r}.", f"Tasks: {', '.join(self.tasks)}.")
         if self._generation < 0:
             raise NotReady("Models are loading.", "Try again in a few seconds.")
+        if (task, site) in self._withheld:
+            version = self._withheld[(task, site)]
+            raise TrustError(
+                f"{task} v{version} is approved for {site}, but its package does not hold.",
+                "See `formulary registry verify`; roll back, or restore the package from a copy.",
+            )
         if (task, site) not in self.table:
             raise NotApproved(
                 f"No version of {task} is approved for {site}.",
@@ -144,16 +152,19 @@ class Slots:
             return
         loaded = {served.digest: served for served in self.table.values()}
         table: Table = {}
+        withheld = {}
         for task in self.tasks:
             for site, placement in self._ledger.champions(task).items():
                 served = self._load(task, placement, loaded) or self.table.get((task, site))
                 if served:
                     table[(task, site)] = served
+                else:
+                    withheld[(task, site)] = placement.version
         used = {served.digest for served in table.values()}
         self._retired += [
             (time.monotonic(), served) for digest, served in loaded.items() if digest not in used
         ]
-        self.table, self._generation = table, generation
+        self.table, self._withheld, self._generation = table, withheld, generation
 
     def _close_retired(self) -> None:
         """End what was swapped out long enough ago that no request can still hold it."""

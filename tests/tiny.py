@@ -101,9 +101,9 @@ def run_stages(places, section, task="tiny"):
 
 def write_root(root, **kinds):
     """A checkout's three kinds of decision: params.yaml, sites.yaml and a policy for each task."""
-    (root / "params.yaml").write_text(yaml.safe_dump(describe_params(**kinds)))
+    (root / "params.yaml").write_text(yaml.safe_dump(describe_params(**kinds), sort_keys=False))
     sites = {name: {"kind": "external" if name == "harbour" else "internal", "title": name} for name in SITES}
-    (root / "sites.yaml").write_text(yaml.safe_dump({"sites": sites}))
+    (root / "sites.yaml").write_text(yaml.safe_dump({"sites": sites}, sort_keys=False))
     for task, kind in kinds.items():
         metric = "dice" if kind is Kind.SEGMENTATION else "auc"
         asked = {"subjects": 1, "low": {metric: 0.0}}
@@ -117,7 +117,7 @@ def write_root(root, **kinds):
 
 def train(places, task):
     """Every stage of a task, then registered; its version's number."""
-    from monitoring.alarms import write_alarms
+    from monitoring.alarms import calibrate_alarms, write_alarms
     from registry.access import admit
     from registry.ledger import open_ledger
     from registry.promotion import register
@@ -128,7 +128,8 @@ def train(places, task):
         write_cohort(places, task, section.kind)
     run_stages(places, section, task)
     qualify(places, task, section)
-    write_alarms(places, task, section)
+    alarms = calibrate_alarms(section.reference, places.stage(task, "package"))
+    write_alarms(alarms, places.stage(task, "reference"))
     ledger = open_ledger(places.var)
     return register(places, ledger, task, admit(places.var, ledger, "author@test")).version
 

@@ -187,9 +187,9 @@ def _cohort_facts(task: str, section: TaskSection, profile: Profile, builder: An
     """What cohort.yaml says."""
     rows, columns = builder.SHAPE
     return {
-        "name": task,
+        "name": section.cohort.builder.replace("_", "-"),
         "version": VERSION,
-        "task": section.title,
+        "task": task,
         "modality": section.modality.value,
         "classes": list(section.classes),
         "rows": rows,

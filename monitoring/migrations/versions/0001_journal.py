@@ -25,11 +25,6 @@ def upgrade() -> None:
         sa.Column("stages_ms", sa.Text, nullable=False),
     )
     op.create_index("predictions_by_place", "predictions", ["task", "site", "version", "seq"])
-    for verb in ("UPDATE", "DELETE"):
-        op.execute(
-            f"CREATE TRIGGER predictions_no_{verb.lower()} BEFORE {verb} ON predictions "
-            "BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END"
-        )
     op.create_table(
         "verdicts",
         sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
@@ -46,6 +41,12 @@ def upgrade() -> None:
         sa.Column("report", sa.Text, nullable=False),
     )
     op.create_index("verdicts_by_place", "verdicts", ["task", "site", "seq"])
+    for table in ("predictions", "verdicts"):
+        for verb in ("UPDATE", "DELETE"):
+            op.execute(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                "BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END"
+            )
 
 
 def downgrade() -> None:
