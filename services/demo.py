@@ -110,9 +110,15 @@ class Demo:
                 kept.write(line)
                 if line.startswith(("Running stage", "Stage '")):
                     progress.update(bar, advance=1, description=line.split("'")[1])
+                    self._say_stage(line.split("'")[1])
             if child.wait():
                 raise DataError(f"dvc repro failed with code {child.returncode}.", f"Read {log}")
             progress.update(bar, completed=len(stages), description="dvc repro")
+
+    def _say_stage(self, name: str) -> None:
+        """Where no terminal shows the bar, a line says what is being done."""
+        if not self._console.is_terminal:
+            self._console.print(f"  {name}  at {time.monotonic() - self._started:.0f} s", highlight=False)
 
     def _promote(self) -> dict[str, dict[str, Any]]:
         """Register, ask and approve each task's version; a refusal by the gate is work done."""
@@ -155,6 +161,7 @@ class Demo:
         from rich.progress import Progress
 
         address = stack.wait_until_ready("gateway", "/readyz")
+        self._say("mlflow", stack.wait_until_ready("mlflow", "/health"))  # its start would slow the answers
         self._say("gateway", address)
         before = open_journal(self._places.var).last_seq()
         answers: dict[str, dict[str, Answered]] = {}
@@ -166,7 +173,6 @@ class Demo:
                 )
         self._say("monitor", "Evidently compares each site with its reference")
         verdicts = self._wait_for_verdicts(answers, before)
-        self._say("mlflow", stack.wait_until_ready("mlflow", "/health"))
         self._wait_for_mirror()
         return {"answers": answers, "verdicts": verdicts, "address": address}
 

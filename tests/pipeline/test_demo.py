@@ -1,6 +1,8 @@
 """The main job, run whole: pipeline, registry, gate, serving, journal, monitor, MLflow."""
 
 import json
+import re
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -11,6 +13,7 @@ import yaml
 
 from registry.package import digest_package
 
+ROOT = Path(__file__).parents[2]
 TASKS = ("brain-tissue", "lung-nodule")
 SITES = ("north", "east", "south", "west", "harbour")
 
@@ -167,6 +170,17 @@ def test_an_image_is_answered_without_a_server(demo, tmp_path):
 def test_the_doctor_finds_this_checkout_well(demo):
     checks = json.loads(demo.formulary("doctor", "--json", check=False).stdout)
     assert {check["name"] for check in checks} >= {"python", "packages", "disk", "keys"}
+
+
+COMMANDS = re.findall(r"^\$ formulary (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_does_its_work(demo, command):
+    done = demo.formulary(*shlex.split(command), check=False)
+    assert done.returncode == 0 or command == "doctor", done.stderr  # it may find a port taken
+    assert done.stdout
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
