@@ -4,10 +4,12 @@ import importlib
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import click
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
 DEPARTMENTS = ("imaging", "registry", "monitoring", "training", "services")
@@ -93,6 +95,15 @@ def test_pins_stand_only_in_the_locks():
         "exact pins, no local builds"
     )
     assert "torch==2.13.0" in lock
+
+
+def test_every_pinned_version_takes_the_oldest_python_that_is_promised():
+    lines = [line for path in ROOT.glob("requirements*.lock") for line in path.read_text().splitlines()]
+    pinned = {line.split("==")[0].lower() for line in lines if "==" in line and not line.startswith("#")}
+    installed = [d for d in distributions() if d.metadata["Name"].lower() in pinned]
+    told = {d.metadata["Name"]: d.metadata.get("Requires-Python") or "" for d in installed}
+    assert len(told) > 200
+    assert not {name: asked for name, asked in told.items() if "3.11.0" not in SpecifierSet(asked)}
 
 
 def test_the_demo_says_what_is_simulated():
