@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from dataclasses import asdict
 
@@ -91,8 +91,8 @@ def ui(port: int) -> None:
     """Run Evidently's own pages on loopback, over var/evidently."""
     folder = read_places().var / "evidently"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "evidently", "ui", "--workspace", str(folder), "--host", "127.0.0.1"]
-    raise SystemExit(subprocess.call([*command, "--port", str(port)]))
+    command = [sys.executable, "-m", "evidently.cli", "ui", "--workspace", str(folder), "--host", "127.0.0.1"]
+    os.execv(sys.executable, [*command, "--port", str(port)])
 
 
 def _print(rows: list[VerdictRow], as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import time
 from typing import Any
 
@@ -296,4 +296,5 @@ def serve(port: int) -> None:
 
     places = read_places()
     open_store(places.var)
-    raise SystemExit(subprocess.call(server_command(places.var, port)))
+    command = server_command(places.var, port)
+    os.execvp(command[0], command)

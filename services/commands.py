@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -144,8 +143,9 @@ def up() -> None:
     ports = check_ports({name: int(os.environ.get(name, port)) for name, port in PORTS.items()})
     for name, port in ports.items():
         click.echo(f"{name.removesuffix('_PORT').lower():<10} http://127.0.0.1:{port}")
-    command = [sys.executable, "-m", "honcho", "start", "-f", str(places.root / "Procfile")]
-    raise SystemExit(subprocess.call(command, cwd=places.root, env=stack_environment(ports)))
+    os.chdir(places.root)
+    command = [sys.executable, "-m", "honcho", "start", "-f", "Procfile"]
+    os.execve(sys.executable, command, stack_environment(ports))
 
 
 @click.command()

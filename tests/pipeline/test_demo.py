@@ -1,17 +1,24 @@
 """The main job, run whole: pipeline, registry, gate, serving, journal, monitor, MLflow."""
 
+import contextlib
 import json
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import yaml
 
 from registry.package import digest_package
+from services.stack import PORTS, free_port
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("brain-tissue", "lung-nodule")
@@ -203,3 +210,31 @@ def test_a_misspelt_key_is_refused_by_name(demo, name, old, new):
         assert "Traceback" not in done.stderr
     finally:
         path.write_text(original)
+
+
+def test_the_stack_comes_up_with_every_page_and_goes_down_with_a_word(demo):
+    ports = {name: str(free_port()) for name in PORTS}
+    stack = subprocess.Popen([sys.executable, "-m", "formulary", "up"], cwd=demo.root, text=True,
+                             env={**demo.environment, **ports}, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)  # fmt: skip
+    try:
+        for name, path in (("GATEWAY", "/readyz"), ("MLFLOW", "/health"), ("EVIDENTLY", "/")):
+            wait_for(f"http://127.0.0.1:{ports[f'{name}_PORT']}{path}", stack)
+        family = psutil.Process(stack.pid).children(recursive=True)
+        assert len(family) >= 5
+    finally:
+        stack.send_signal(signal.SIGTERM)
+        told, _ = stack.communicate(timeout=60)
+    assert all(f"http://127.0.0.1:{port}" in told for port in ports.values())
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def wait_for(address, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(address, timeout=5).status_code == 200:
+                return
+        time.sleep(0.5)
+    process.terminate()
+    raise AssertionError(f"{address} did not answer:\n{process.communicate(timeout=60)[0][-4000:]}")
