@@ -62,6 +62,7 @@ class Decision(StrEnum):
     KEY_TRUSTED = "key-trusted"
     KEY_REVOKED = "key-revoked"
     REGISTERED = "registered"
+    RENEWED = "renewed"
     REQUESTED = "requested"
     REFUSED = "refused"
     APPROVED = "approved"

@@ -121,7 +121,7 @@ class Journal:
         return int(self._read(query, task=task, site=site)[0]["last"])
 
     def read_window(self, task: str, site: str, version: int, subjects: int) -> list[dict[str, Any]]:
-        """The newest subjects' first images, oldest first: one row a subject.
+        """The newest image of each of the newest subjects, oldest first: one row a subject.
 
         Args:
             task: the task.
@@ -133,7 +133,7 @@ class Journal:
             Rows with seq, at, image, subject and the drift columns.
         """
         query = text(
-            "SELECT MIN(seq) AS seq, at, image, subject, columns FROM predictions WHERE task = :task AND "
+            "SELECT MAX(seq) AS seq, at, image, subject, columns FROM predictions WHERE task = :task AND "
             "site = :site AND version = :version AND seq > :floor GROUP BY COALESCE(subject, id) "
             "ORDER BY seq DESC LIMIT :limit"
         )

@@ -14,7 +14,7 @@ from monitoring.drift import Comparison, compare
 from monitoring.journal import Journal, VerdictRow, open_journal
 from monitoring.reference import name_columns, read_reference
 from registry.contract import read_contract
-from registry.ledger import Ledger, Placement, open_ledger
+from registry.ledger import Ledger, open_ledger
 from registry.package import shelf
 
 LOG = logging.getLogger(__name__)
@@ -48,33 +48,29 @@ class Monitor:
         written = []
         for task, section in self._params.tasks.items():
             champions = self._ledger.champions(task) if task in (tasks or (task,)) else {}
-            for site, placement in sorted(champions.items()):
-                last = newest.get((task, site))
-                if site in (sites or (site,)) and self._is_news(task, site, placement, last):
-                    written.append(self._judge((task, section), site, placement))
+            for site in sorted(set(champions) & set(sites or champions)):
+                told, last = self.journal.newest(task, site, 1), newest.get((task, site))
+                if told and (last is None or last.last_seq < told[0]["seq"]):
+                    written.append(self._judge((task, section), site, told[0]))
         return written
 
-    def _is_news(self, task: str, site: str, placement: Placement, last: VerdictRow | None) -> bool:
-        newest = self.journal.last_seq(task, site)
-        return newest > 0 and (last is None or last.last_seq < newest or last.version != placement.version)
-
-    def _judge(self, task: tuple[str, TaskSection], site: str, placement: Placement) -> VerdictRow:
+    def _judge(self, task: tuple[str, TaskSection], site: str, told: dict[str, Any]) -> VerdictRow:
+        """Judge the version that gave the newest answer: the champion, or what stays while it is refused."""
         import pandas as pd
 
         name, section = task
         columns = name_columns(section.kind, section.classes)
-        package = shelf(self._places.var, placement.digest)
+        package = shelf(self._places.var, told["package"])
         how = Comparison(
-            task=name, site=site, version=placement.version, columns=columns, alpha=section.reference.alpha,
+            task=name, site=site, version=told["version"], columns=columns, alpha=section.reference.alpha,
             window=section.reference.window, simulated=read_contract(package).simulated,
         )  # fmt: skip
-        last = self.journal.last_seq(name, site)
-        rows = self.journal.read_window(name, site, placement.version, how.window)
+        rows = self.journal.read_window(name, site, how.version, how.window)
         reference = read_reference(package, site, columns)
         verdict = compare(reference, pd.DataFrame(rows, columns=["seq", *columns]), how, self._places.var)
         kept = VerdictRow(
             at=datetime.now(UTC).isoformat(timespec="milliseconds"), task=name, site=site,
-            version=placement.version, last_seq=last, subjects=len(rows), verdict=verdict.verdict,
+            version=how.version, last_seq=told["seq"], subjects=len(rows), verdict=verdict.verdict,
             detail=verdict.detail, level=how.level, columns=verdict.columns, report=verdict.report,
         )  # fmt: skip
         self.journal.write_verdict(kept)
@@ -93,6 +89,8 @@ class Monitor:
                 self.look()
             except FormularyError as error:
                 LOG.warning("%s", error)
+            except Exception:  # a locked database or a fault of a library must not end the watching
+                LOG.exception("the journal could not be compared")
 
 
 def _import_early() -> Any:

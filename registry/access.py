@@ -30,15 +30,16 @@ def act(var: Path, ledger: Ledger, given: str | None) -> Signer:
 
     Raises:
         TrustError: the identity has no key here.
-        Forbidden: the ledger does not trust the key, or no longer.
+        Forbidden: the ledger does not trust the key, or no longer, or knows it as another person's.
     """
     signer = load_signer(var, name_identity(given))
-    if signer.key_id not in ledger.trusted_keys():
-        raise Forbidden(
-            f"The key of {signer.identity} is not trusted by the ledger.",
-            f"Somebody trusted runs: formulary registry keys create --identity {signer.identity}",
-        )
-    return signer
+    known = ledger.trusted_keys()
+    if signer.key_id in known:
+        return _same_person(signer, known[signer.key_id].identity)
+    raise Forbidden(
+        f"The key of {signer.identity} is not trusted by the ledger.",
+        f"Somebody trusted runs: formulary registry keys create --identity {signer.identity}",
+    )
 
 
 def admit(var: Path, ledger: Ledger, identity: str, by: str | None = None) -> Signer:
@@ -53,7 +54,7 @@ def admit(var: Path, ledger: Ledger, identity: str, by: str | None = None) -> Si
     known = ledger.trusted_keys()
     signer = create_signer(var, name_identity(identity))
     if signer.key_id in known:
-        return signer
+        return _same_person(signer, known[signer.key_id].identity)
     voucher = signer if not ledger.has_events() else _voucher(var, ledger, by)
     body = {"identity": signer.identity, "key": signer.key_id, "public": signer.public_pem}
     with ledger.writing() as writer:
@@ -74,6 +75,16 @@ def revoke(ledger: Ledger, key: str, signer: Signer, because: str) -> None:
         raise Forbidden("This is the last trusted key.", "Create another one first.")
     with ledger.writing() as writer:
         writer.append(Decision.KEY_REVOKED, "", {"key": key, "because": because}, signer)
+
+
+def _same_person(signer: Signer, owner: str) -> Signer:
+    """A key is one person's: a copy of its file under another name makes nobody somebody else."""
+    if signer.identity != owner:
+        raise Forbidden(
+            f"The key kept for {signer.identity} is {owner}'s.",
+            f"Act as {owner}, or remove the file and make a key: formulary registry keys create",
+        )
+    return signer
 
 
 def _voucher(var: Path, ledger: Ledger, by: str | None) -> Signer:

@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from imaging.config import Places, read_params, read_places, read_sites
+from imaging.errors import FormularyError
 from imaging.tables import print_table
 from registry.events import Event
 from registry.ledger import Ledger, open_ledger
+from registry.package import shelf
 
 IDENTITY = click.option(
     "--identity", default=None, help="Who acts. Default: FORMULARY_IDENTITY, else your OS user."
@@ -91,9 +93,7 @@ def register(tasks: tuple[str, ...], identity: str | None) -> None:
     for task in tasks or params.tasks:
         params.task(task)
         made = register_version(places, ledger, task, signer)
-        click.echo(
-            f"{task} v{made.version} {'registered' if made.new else 'known already'}  {made.digest[:19]}"
-        )
+        click.echo(f"{task} v{made.version} {made.did}  {made.digest[:19]}")
         logged = mirror_versions(places.var, ledger, task)
         if logged:
             click.echo(f"{task}: MLflow has {', '.join(f'v{number}' for number in logged)} now")
@@ -125,7 +125,6 @@ def list_versions(task: str | None, as_json: bool) -> None:
 def show(task: str, version: int, as_json: bool) -> None:
     """What is known of VERSION of TASK: contract, evidence, decisions."""
     from registry.evidence import verify_package
-    from registry.package import shelf
 
     places, ledger = _open()
     digest, _ = ledger.version(task, version)
@@ -181,7 +180,6 @@ def promote(task: str, version: int, dry_run: bool, identity: str | None, as_jso
     from registry.access import act
     from registry.evidence import verify_package
     from registry.gates import judge
-    from registry.package import shelf
     from registry.policy import digest_policy, read_policy
     from registry.promotion import request
 
@@ -263,7 +261,6 @@ def _print_events(events: list[Event]) -> None:
 def verify() -> None:
     """Read the ledger and every package again and name the first thing that does not hold."""
     from registry.evidence import verify_package
-    from registry.package import shelf
 
     places, ledger = _open()
     count = ledger.verify()
@@ -280,11 +277,13 @@ def mirror(watch: bool) -> None:
     from registry.store import drain
 
     places, ledger = _open()
-    while True:
-        for line in drain(places.var, ledger):
-            click.echo(line)
-        if not watch:
-            return
+    if not watch:
+        click.echo("\n".join(drain(places.var, ledger)))
+    while watch:
+        try:
+            click.echo("".join(f"{line}\n" for line in drain(places.var, ledger)), nl=False)
+        except FormularyError as error:
+            click.echo(str(error), err=True)
         time.sleep(2)
 
 

@@ -1,16 +1,19 @@
-"""What the ledger records, and how a record is chained and signed."""
+"""What the ledger records, how a record is chained and signed, and what follows from the records."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from imaging.vocabulary import Decision
+from imaging.errors import TrustError
+from imaging.vocabulary import Decision, Slot
 from registry.signing import check_signature
 
 GENESIS = "0" * 64
+NETWORK = "*"
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,85 @@ class TrustedKey:
     public: str
 
 
-def fold_key(trusted: dict[str, TrustedKey], event: Event) -> None:
-    """Carry a decision about keys into the set that is trusted."""
+@dataclass(frozen=True)
+class Placement:
+    """A version in a slot: its number, its package digest (sha256:...) and since when (ISO 8601, UTC)."""
+
+    version: int
+    digest: str
+    since: str
+
+
+def authenticate(events: Iterable[Event]) -> dict[str, TrustedKey]:
+    """Hold every event to the keys that were trusted when it was written; the first key vouches for itself.
+
+    Only an incident may be unsigned: it decides nothing, and a serving process holds no key.
+
+    Args:
+        events: all of them, in their order.
+
+    Returns:
+        Key id -> key, of the keys that are trusted after the last event.
+
+    Raises:
+        TrustError: names the first event that no trusted key of its actor signed.
+    """
+    trusted: dict[str, TrustedKey] = {}
+    for event in events:
+        if event.seq == 1:
+            _fold_key(trusted, event)
+        if not holds(event, trusted):
+            raise TrustError(
+                f"Ledger record {event.seq} has a signature that does not hold.",
+                "Restore var/formulary.db from a backup.",
+            )
+        _fold_key(trusted, event)
+    return trusted
+
+
+def holds(event: Event, trusted: dict[str, TrustedKey]) -> bool:
+    """Whether the event is what it was when a trusted key of its actor signed it, or an unsigned incident."""
+    if not event.key:
+        return event.kind == Decision.INCIDENT
+    key = trusted.get(event.key)
+    return bool(
+        key
+        and key.identity == event.actor
+        and event.hash == digest_event(event)
+        and check_signature(key.public, event.hash.encode(), event.signature)
+    )
+
+
+def fold_slots(events: Iterable[Event]) -> dict[str, dict[str, Placement]]:
+    """What serves where after a task's events: site -> slot -> placement; the network is a site of its own.
+
+    An approval moves what served to `previous`; a rollback takes it back and leaves no previous one, so that
+    the version that was rolled back returns by an approval alone.
+    """
+    slots: dict[str, dict[str, Placement]] = {}
+    for event in events:
+        if event.kind == Decision.APPROVED:
+            new = Placement(int(event.body["version"]), str(event.body["digest"]), event.at)
+            for site in (NETWORK, *event.body["sites"]):
+                held = slots.setdefault(site, {})
+                old = held.get(Slot.CHAMPION)
+                if old and old.digest != new.digest:
+                    held[Slot.PREVIOUS] = old
+                if old is None or old.digest != new.digest:
+                    held[Slot.CHAMPION] = new
+        elif event.kind == Decision.ROLLED_BACK:
+            for site in event.body["sites"]:
+                back = slots[site].pop(Slot.PREVIOUS)
+                slots[site][Slot.CHAMPION] = Placement(back.version, back.digest, event.at)
+    return slots
+
+
+def _fold_key(trusted: dict[str, TrustedKey], event: Event) -> None:
     if event.kind == Decision.KEY_TRUSTED:
         body = event.body
         trusted[body["key"]] = TrustedKey(body["identity"], body["key"], body["public"])
     elif event.kind == Decision.KEY_REVOKED:
         trusted.pop(event.body["key"], None)
-
-
-def is_signed(event: Event, trusted: dict[str, TrustedKey]) -> bool:
-    """Whether a trusted key of the actor signed the event."""
-    key = trusted.get(event.key)
-    return bool(
-        key
-        and key.identity == event.actor
-        and check_signature(key.public, event.hash.encode(), event.signature)
-    )
 
 
 def canonical(value: Any) -> str:

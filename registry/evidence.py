@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imaging.errors import TrustError
+from imaging.manifest import digest_file
 from imaging.vocabulary import Statement
 from registry.events import TrustedKey
 from registry.ledger import Ledger
@@ -56,9 +57,18 @@ def sign_statements(package: Path, bodies: dict[Statement, dict[str, Any]], sign
     folder.mkdir(exist_ok=True)
     for kind, body in bodies.items():
         envelope = seal(state(files, kind, body), signer)
-        draft = folder / f"{kind}.json.draft"
+        path, draft = folder / f"{kind}.json", folder / f"{kind}.json.draft"
         draft.write_text(json.dumps(envelope, indent=1) + "\n")
-        draft.rename(folder / f"{kind}.json")
+        if path.exists():  # nothing is overwritten: the ledger still names it by its digest
+            (folder / "superseded").mkdir(exist_ok=True)
+            path.rename(folder / "superseded" / f"{digest_file(path)}.json")
+        draft.rename(path)
+
+
+def digest_statements(package: Path) -> dict[str, str]:
+    """What an event cites: kind -> sha256:... of each statement's file."""
+    paths = sorted(statements_folder(package).glob("*.json"))
+    return {path.stem: f"sha256:{digest_file(path)}" for path in paths}
 
 
 def read_evidence(package: Path, trusted: dict[str, TrustedKey]) -> Evidence:

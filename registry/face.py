@@ -5,6 +5,7 @@ MLflow runs this file as the model's code: it imports nothing of the house; prep
 
 import importlib.util
 import json
+import sys
 from typing import Any
 
 import mlflow
@@ -26,6 +27,7 @@ class Face(mlflow.pyfunc.PythonModel):
         if spec is None or spec.loader is None:
             raise ImportError("preparation.py is missing from the version's artefacts")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # pydantic looks there for the names in annotations
         spec.loader.exec_module(module)
         how = self._contract["preparation"]
         made = module.Window(**how) if how["kind"] == "window" else module.Percentiles(**how)

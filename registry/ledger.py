@@ -1,7 +1,7 @@
 """The ledger: an append-only, hash-chained, signed record of decisions.
 
-It is the only authority on which version serves where. Slots and versions are folded from it in the same
-transaction, so that reading them is one query.
+It is the only authority on which version serves where. Versions, slots and trusted keys are no tables that
+somebody could edit: they are folded from events whose signatures hold, whenever they are asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,22 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
-from imaging.errors import Conflict, TrustError, UnknownVersion
+from imaging.errors import Conflict, Forbidden, TrustError, UnknownVersion
 from imaging.vocabulary import Decision, Slot
 from registry.database import open_database, writing
-from registry.events import GENESIS, Event, TrustedKey, canonical, digest_event, fold_key, is_signed
+from registry.events import (
+    GENESIS,
+    NETWORK,
+    Event,
+    Placement,
+    TrustedKey,
+    authenticate,
+    canonical,
+    digest_event,
+    fold_slots,
+    holds,
+)
 from registry.signing import Signer
-
-NETWORK = "*"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A version in a slot: its number, its package digest (sha256:...) and since when (ISO 8601, UTC)."""
-
-    version: int
-    digest: str
-    since: str
 
 
 def open_ledger(var: Path) -> Ledger:
@@ -78,19 +77,15 @@ class Ledger:
         )
         with self._engine.connect() as connection:
             rows = connection.execute(query, {"task": task, "kind": kind, "limit": limit}).mappings()
-            return [Event(**{**row, "body": json.loads(row["body"])}) for row in rows]
+            return [_read(row) for row in rows]
 
     def slots(self, task: str) -> dict[str, dict[str, Placement]]:
-        """What is approved where: site -> slot -> placement. The network's own slots are under `NETWORK`."""
-        query = text(
-            "SELECT site, slot, version, digest, at FROM slots JOIN events ON seq = event "
-            "WHERE slots.task = :task"
-        )
-        found: dict[str, dict[str, Placement]] = {}
-        with self._engine.connect() as connection:
-            for site, slot, version, digest, at in connection.execute(query, {"task": task}):
-                found.setdefault(site, {})[slot] = Placement(version, digest, at)
-        return found
+        """What is approved where: site -> slot -> placement. The network's own slots are under `NETWORK`.
+
+        Raises:
+            TrustError: a decision has a signature that does not hold.
+        """
+        return fold_slots(event for event in self._signed() if event.task == task)
 
     def champions(self, task: str) -> dict[str, Placement]:
         """What serves where: site -> champion. A site without an approved version is absent."""
@@ -102,10 +97,15 @@ class Ledger:
         }
 
     def versions(self, task: str | None = None) -> list[tuple[str, int, str, Event]]:
-        """Registered versions: (task, version, digest, the event that registered it), oldest first."""
+        """Registered versions: (task, version, digest, the event that registered it), oldest first.
+
+        Raises:
+            TrustError: a decision has a signature that does not hold.
+        """
         return [
             (event.task, int(event.body["version"]), str(event.body["digest"]), event)
-            for event in self.events(task, Decision.REGISTERED)
+            for event in self._signed()
+            if event.kind == Decision.REGISTERED and task in (None, event.task)
         ]
 
     def version(self, task: str, version: int) -> tuple[str, Event]:
@@ -124,12 +124,18 @@ class Ledger:
         raise UnknownVersion(f"{task} has no version {version}.", f"Versions: {names}.")
 
     def trusted_keys(self) -> dict[str, TrustedKey]:
-        """Key id -> key, of every key that is trusted now."""
-        trusted: dict[str, TrustedKey] = {}
-        changes = self.events(kind=Decision.KEY_TRUSTED) + self.events(kind=Decision.KEY_REVOKED)
-        for event in sorted(changes, key=lambda change: change.seq):
-            fold_key(trusted, event)
-        return trusted
+        """Key id -> key, of every key that is trusted now.
+
+        Raises:
+            TrustError: a decision has a signature that does not hold.
+        """
+        return authenticate(self.events())
+
+    def _signed(self) -> list[Event]:
+        """Every event, its signature checked."""
+        events = self.events()
+        authenticate(events)
+        return events
 
     def verify(self) -> int:
         """Read the whole ledger again: chain, hashes and signatures.
@@ -140,22 +146,15 @@ class Ledger:
         Raises:
             TrustError: naming the first record that does not hold.
         """
-        trusted: dict[str, TrustedKey] = {}
         previous = GENESIS
         events = self.events()
         for number, event in enumerate(events, start=1):
-            if number == 1:
-                fold_key(trusted, event)
             if event.seq != number or event.previous != previous or event.hash != digest_event(event):
                 raise TrustError(
                     f"Ledger record {number} was changed.", "Restore var/formulary.db from a backup."
                 )
-            if event.key and not is_signed(event, trusted):
-                raise TrustError(
-                    f"Ledger record {number} has a signature that does not hold.", "Restore a backup."
-                )
-            fold_key(trusted, event)
             previous = event.hash
+        authenticate(events)
         return len(events)
 
     def record_incident(self, fact: str, task: str, body: dict[str, Any], actor: str = "service") -> None:
@@ -184,7 +183,12 @@ class Writer:
         self._connection = connection
 
     def append(self, kind: Decision, task: str, body: dict[str, Any], actor: Signer | str) -> Event:
-        """Add an event at the end of the chain, signed when the actor can sign."""
+        """Add an event at the end of the chain, signed when the actor can sign.
+
+        Raises:
+            Forbidden: the ledger does not trust the signer, so the record would break it.
+            TrustError: an earlier decision has a signature that does not hold.
+        """
         last = self._connection.execute(
             text("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1")
         ).first()
@@ -197,6 +201,8 @@ class Writer:
         digest = digest_event(draft)
         signature = signer.sign(digest.encode()) if signer else ""
         event = Event(**{**draft.__dict__, "hash": digest, "signature": signature})
+        if last and not holds(event, authenticate(self._events())):
+            raise Forbidden(f"The ledger does not trust the key of {event.actor}.", "Nothing was written.")
         self._connection.execute(
             text(
                 "INSERT INTO events VALUES "
@@ -213,50 +219,22 @@ class Writer:
             text(f"SELECT * FROM events WHERE task = :task AND kind IN ({marks}) ORDER BY seq DESC LIMIT 1"),
             {"task": task},
         ).mappings().first()  # fmt: skip
-        return Event(**{**row, "body": json.loads(row["body"])}) if row else None
+        return _read(row) if row else None
 
-    def number(self, task: str) -> int:
-        """The number that the next version of a task gets."""
-        query = text("SELECT COALESCE(MAX(version), 0) + 1 FROM versions WHERE task = :task")
-        return int(self._connection.execute(query, {"task": task}).scalar_one())
+    def _events(self) -> list[Event]:
+        rows = self._connection.execute(text("SELECT * FROM events ORDER BY seq")).mappings()
+        return [_read(row) for row in rows]
 
-    def find(self, task: str, digest: str) -> int | None:
-        """Version number of a digest, if it is registered."""
-        query = text("SELECT version FROM versions WHERE task = :task AND digest = :digest")
-        found = self._connection.execute(query, {"task": task, "digest": digest}).scalar()
-        return None if found is None else int(found)
-
-    def add_version(self, event: Event) -> None:
-        """Fold a `registered` event."""
+    def queue(self, event: Event, site: str, version: int) -> None:
+        """Queue a champion's move for MLflow."""
         self._connection.execute(
-            text("INSERT INTO versions VALUES (:task, :version, :digest, :event)"),
-            {
-                "task": event.task,
-                "version": event.body["version"],
-                "digest": event.body["digest"],
-                "event": event.seq,
-            },
+            text("INSERT INTO outbox (event, task, site, version) VALUES (:event, :task, :site, :version)"),
+            {"event": event.seq, "task": event.task, "site": site, "version": version},
         )
 
-    def place(self, event: Event, site: str, slot: Slot, placement: Placement | None) -> None:
-        """Put a version into a slot, or empty it; a champion's move is queued for MLflow."""
-        where = {"task": event.task, "site": site, "slot": slot}
-        self._connection.execute(
-            text("DELETE FROM slots WHERE task=:task AND site=:site AND slot=:slot"), where
-        )
-        if placement is None:
-            return
-        row = {**where, "version": placement.version, "digest": placement.digest, "event": event.seq}
-        self._connection.execute(
-            text("INSERT INTO slots VALUES (:task, :site, :slot, :version, :digest, :event)"), row
-        )
-        if slot is Slot.CHAMPION:
-            self._connection.execute(
-                text(
-                    "INSERT INTO outbox (event, task, site, version) VALUES (:event, :task, :site, :version)"
-                ),
-                row,
-            )
+
+def _read(row: Any) -> Event:
+    return Event(**{**row, "body": json.loads(row["body"])})
 
 
 def _now() -> str:

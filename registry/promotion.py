@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from imaging.config import Places, Sites
-from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError
+from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError, TrustError
 from imaging.vocabulary import Decision, Slot, Statement
-from registry.events import Event
-from registry.evidence import Evidence, sign_statements, verify_package
+from registry.events import NETWORK, Event
+from registry.evidence import Evidence, digest_statements, sign_statements, verify_package
 from registry.gates import Verdict, judge
-from registry.ledger import NETWORK, Ledger, Placement, Writer
+from registry.ledger import Ledger
 from registry.package import digest_package, shelf, shelve
 from registry.policy import Policy
 from registry.provenance import describe_provenance
@@ -28,16 +28,19 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Registration:
-    """A registered version; `new` is False when the digest was known already."""
+    """A registered version; `did` is registered, renewed (its evidence was signed again) or known already."""
 
     task: str
     version: int
     digest: str
-    new: bool
+    did: str
 
 
 def register(places: Places, ledger: Ledger, task: str, signer: Signer) -> Registration:
     """Sign what the pipeline made and give it a number. Idempotent by digest. Nobody trusts it yet.
+
+    Where a known package's stages say something new, or what was signed does not hold any more (a revoked
+    key, a damaged file), the evidence is signed again under the same number.
 
     Raises:
         DataError: a stage has not run, or speaks of another package.
@@ -48,15 +51,26 @@ def register(places: Places, ledger: Ledger, task: str, signer: Signer) -> Regis
     bodies = {kind: _read_body(places, task, kind, digest) for kind in STAGES}
     package = shelve(source, places.var)
     with ledger.writing() as writer:
-        known = writer.find(task, digest)
-        if known is not None:
-            return Registration(task, known, digest, new=False)
+        numbers = {known: number for _, number, known, _ in ledger.versions(task)}
+        if digest in numbers and _is_current(ledger, package, bodies):
+            return Registration(task, numbers[digest], digest, "known already")
         statement = describe_provenance(places, task)
         sign_statements(package, {Statement.PACKAGE: statement, **bodies}, signer)
-        number = writer.number(task)
-        body = {"version": number, "digest": digest, "commit": statement["commit"]}
-        writer.add_version(writer.append(Decision.REGISTERED, task, body, signer))
-    return Registration(task, number, digest, new=True)
+        kind = Decision.RENEWED if digest in numbers else Decision.REGISTERED
+        number = numbers.get(digest, len(numbers) + 1)
+        body = {"version": number, "digest": digest, "commit": statement["commit"],
+                "evidence": digest_statements(package)}  # fmt: skip
+        writer.append(kind, task, body, signer)
+    return Registration(task, number, digest, str(kind))
+
+
+def _is_current(ledger: Ledger, package: Path, bodies: dict[Statement, dict[str, Any]]) -> bool:
+    """Whether the signed statements hold, and say what the stages say now."""
+    try:
+        signed = verify_package(package, ledger).statements
+    except TrustError:
+        return False
+    return all(signed.get(kind) == body for kind, body in bodies.items())
 
 
 def request(
@@ -88,6 +102,7 @@ def request(
     body = {
         "version": number, "digest": digest, "policy": policy_digest, "approvers": list(policy.approvers),
         "verdict": verdict.model_dump(mode="json"), "sites": wanted,
+        "evidence": digest_statements(shelf(var, digest)),
     }  # fmt: skip
     with ledger.writing() as writer:
         asked = writer.append(Decision.REQUESTED if wanted else Decision.REFUSED, task, body, signer)
@@ -134,12 +149,16 @@ def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Si
                 f"Ask: formulary registry promote {task} {version}",
             )
         _second_person(signer, asked, registered)
+        if asked.body["evidence"] != digest_statements(shelf(var, digest)):
+            raise Conflict(
+                f"The evidence of {task} v{version} was signed again since the gate judged it.",
+                f"Ask again: formulary registry promote {task} {version}",
+            )
         body = {"version": version, "digest": digest, "because": because, "asked": asked.seq,
                 "sites": asked.body["sites"]}  # fmt: skip
         event = writer.append(Decision.APPROVED, task, body, signer)
-        held = ledger.slots(task)
         for site in [NETWORK, *asked.body["sites"]]:
-            _move(writer, event, site, held.get(site, {}), Placement(version, digest, event.at))
+            writer.queue(event, site, version)
     return list(asked.body["sites"])
 
 
@@ -147,6 +166,8 @@ def roll_back(
     ledger: Ledger, var: Path, task: str, site: str | None, reason: tuple[Signer, str]
 ) -> dict[str, int]:
     """Put the previous champion back, at one site or wherever there is one. One person suffices.
+
+    What is rolled back does not become `previous`: it serves again only when it is asked for and approved.
 
     Returns:
         Site -> version that serves now.
@@ -174,21 +195,9 @@ def roll_back(
         version = max(moves.values())
         body = {"version": version, "sites": moves, "because": because}
         event = writer.append(Decision.ROLLED_BACK, task, body, signer)
-        for name in chosen:
-            back, gone = held[name][Slot.PREVIOUS], held[name][Slot.CHAMPION]
-            writer.place(event, name, Slot.CHAMPION, Placement(back.version, back.digest, event.at))
-            writer.place(event, name, Slot.PREVIOUS, gone)
+        for name, number in moves.items():
+            writer.queue(event, name, number)
     return moves
-
-
-def _move(writer: Writer, event: Event, site: str, held: dict[str, Placement], new: Placement) -> None:
-    """Set the champion of a site; what served before becomes `previous`."""
-    old = held.get(Slot.CHAMPION)
-    if old and old.digest == new.digest:
-        return
-    writer.place(event, site, Slot.CHAMPION, new)
-    if old:
-        writer.place(event, site, Slot.PREVIOUS, old)
 
 
 def _second_person(signer: Signer, asked: Event, registered: Event) -> None:

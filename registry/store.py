@@ -14,8 +14,9 @@ from typing import Any
 from imaging.errors import RegistryError
 from imaging.vocabulary import Statement
 from registry.contract import read_contract
+from registry.events import NETWORK
 from registry.evidence import Evidence, verify_package
-from registry.ledger import NETWORK, Ledger
+from registry.ledger import Ledger
 from registry.package import shelf, statements_folder
 
 DIGEST = "package_digest"
@@ -88,7 +89,7 @@ def mirror_versions(var: Path, ledger: Ledger, task: str) -> list[int]:
         for site, placement in {NETWORK: None, **ledger.champions(task)}.items():
             held = placement or ledger.slots(task).get(NETWORK, {}).get("champion")
             if held:
-                client.set_registered_model_alias(task, alias_of(site), str(held.version))
+                _set_alias(client, task, site, held.version)
     return logged
 
 
@@ -97,6 +98,9 @@ def drain(var: Path, ledger: Ledger) -> list[str]:
 
     Returns:
         What was set, e.g. `brain-tissue@champion = 2`.
+
+    Raises:
+        RegistryError: MLflow does not answer, or does not know the version.
     """
     rows = ledger.pending()
     if not rows:
@@ -104,7 +108,7 @@ def drain(var: Path, ledger: Ledger) -> list[str]:
     client = open_store(var)
     told = []
     for row, task, site, version in rows:
-        client.set_registered_model_alias(task, alias_of(site), str(version))
+        _set_alias(client, task, site, version)
         ledger.settle(row)
         told.append(f"{task}@{alias_of(site)} = {version}")
     return told
@@ -121,6 +125,18 @@ def server_command(var: Path, port: int) -> list[str]:
     uri = f"sqlite:///{var.resolve()}/mlflow/mlflow.db"
     return ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
             "--backend-store-uri", uri, "--default-artifact-root", artefacts.as_uri()]  # fmt: skip
+
+
+def _set_alias(client: Any, task: str, site: str, version: int) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(task, alias_of(site), str(version))
+    except MlflowException as error:
+        raise RegistryError(
+            f"MLflow does not take {task} v{version} as {alias_of(site)}.",
+            "If its database was lost, `formulary registry register` fills it again.",
+        ) from error
 
 
 def _present(client: Any, task: str) -> dict[int, str]:

@@ -85,11 +85,11 @@ class Demo:
 
         return track(tasks, description="  task by task", console=self._console)
 
-    def _command(self, *arguments: str) -> str:
-        """Run `formulary ...`; a failure shows what it said."""
+    def _command(self, *arguments: str, fails: bool = False) -> str:
+        """Run `formulary ...`, which `fails` or not; if it does otherwise, show what it said."""
         command = [sys.executable, "-m", "formulary", *arguments]
         done = subprocess.run(command, cwd=self._places.root, capture_output=True, text=True, check=False)
-        if done.returncode:
+        if bool(done.returncode) is not fails:
             raise DataError(f"formulary {' '.join(arguments)} failed:\n{done.stderr.strip()[-2000:]}", "")
         return done.stdout
 
@@ -130,13 +130,12 @@ class Demo:
             listed = json.loads(self._command("registry", "list", "--task", task, "--json"))
             number = str(self._registered(task, listed))
             verdict = json.loads(self._command("registry", "promote", task, number, "--dry-run", "--json"))
-            if any(found["passed"] for found in verdict["sites"].values()):
-                asked = json.loads(
-                    self._command("registry", "promote", task, number, "--json", "--identity", AUTHOR)
-                )["asked"]
-                if asked is not None:
-                    because = ("--because", "The gate's reasons were read; demo.")
-                    self._command("registry", "approve", task, number, "--identity", APPROVER, *because)
+            passed = any(found["passed"] for found in verdict["sites"].values())
+            ask = ("registry", "promote", task, number, "--json", "--identity", AUTHOR)
+            told = self._command(*ask, fails=not passed)  # a refusal, and its reasons, stand in the ledger
+            if passed and json.loads(told)["asked"] is not None:
+                because = ("--because", "The gate's reasons were read; demo.")
+                self._command("registry", "approve", task, number, "--identity", APPROVER, *because)
             gates[task] = {**verdict, "version": int(number)}
         return gates
 
@@ -160,7 +159,8 @@ class Demo:
     def _serve(self, stack: Stack, folders: dict[str, Path]) -> dict[str, Any]:
         from rich.progress import Progress
 
-        address = stack.wait_until_ready("gateway", "/readyz")
+        serving = {task: set(open_ledger(self._places.var).champions(task)) for task in self._tasks}
+        address = stack.wait_until_ready("gateway", "/readyz" if any(serving.values()) else "/livez")
         self._say("mlflow", stack.wait_until_ready("mlflow", "/health"))  # its start would slow the answers
         self._say("gateway", address)
         before = open_journal(self._places.var).last_seq()
@@ -171,10 +171,27 @@ class Demo:
                 answers[task] = send_traffic(
                     address, (task, self._params.task(task)), folder, lambda bar=bar: progress.advance(bar)
                 )
+        self._check_answers(answers, serving)
         self._say("monitor", "Evidently compares each site with its reference")
         verdicts = self._wait_for_verdicts(answers, before)
         self._wait_for_mirror()
         return {"answers": answers, "verdicts": verdicts, "address": address}
+
+    def _check_answers(self, answers: dict[str, dict[str, Answered]], serving: dict[str, set[str]]) -> None:
+        """Every site with an approved version got every answer; every other one was told why not.
+
+        Raises:
+            DataError: a site got something else.
+        """
+        for task, sites in answers.items():
+            for site, got in sites.items():
+                approved = site in serving[task]
+                wanted = (self._subjects, set()) if approved else (0, {"not-approved"})
+                if (got.answers, got.problems) != wanted:
+                    raise DataError(
+                        f"{site} got {got.answers} of {self._subjects} answers from {task}; {got.refusals}.",
+                        f"Read {self._places.var}/log/gateway.log",
+                    )
 
     def _wait_for_verdicts(
         self, answers: dict[str, dict[str, Answered]], before: int
@@ -234,6 +251,7 @@ class Demo:
                               "refusals": answered.refusals} for site, answered in got.items()},
             "latency_ms": {"p50": every.percentile(50), "p99": every.percentile(99)},
             "drift": {site: bool(row and row.verdict == "drift") for site, row in verdicts.items()},
+            "drift_verdict": {site: str(row.verdict) if row else "-" for site, row in verdicts.items()},
             "drift_detail": {site: row.detail if row else "no answers, so nothing to compare"
                              for site, row in verdicts.items()},
         }  # fmt: skip

@@ -79,7 +79,7 @@ def print_table(console: Any, result: dict[str, Any], places: Places) -> None:
 def _tail(told: dict[str, Any], site: str) -> tuple[str, ...]:
     served = told["served"][site]
     gate = f"approved v{served['version']}" if told["gate"][site]["passed"] else "[red]refused[/]"
-    drift = "[red]DRIFT[/]" if told["drift"][site] else "in bounds" if served["answers"] else "-"
+    drift = "[red]DRIFT[/]" if told["drift"][site] else told["drift_verdict"][site]
     spent = f"{served['p50_ms']:.0f} / {served['p99_ms']:.0f}" if served["answers"] else "-"
     return gate, drift, str(served["answers"]), spent
 

@@ -9,8 +9,9 @@ from typing import Any
 from imaging.config import Places
 from imaging.errors import NotApproved, Unreadable, WrongType
 from imaging.reading import SUFFIXES
+from registry.events import NETWORK
 from registry.evidence import verify_package
-from registry.ledger import NETWORK, Ledger, open_ledger
+from registry.ledger import Ledger, open_ledger
 from registry.package import shelf
 from services.findings import NOTICE, find, take
 from services.slots import load_package

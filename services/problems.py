@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import uuid
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -73,8 +75,10 @@ def answer_http(request: Request, error: Exception) -> Response:
 
 
 def answer_unexpected(request: Request, error: Exception) -> Response:
-    """A fault of ours: logged by type and place, without the request's content."""
-    LOG.error("request %s failed: %s", request_id(request), type(error).__name__, exc_info=error)
+    """A fault of ours: logged by type and place; an error's own words may quote what was sent."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-8:]))
+    LOG.error("request %s failed: %s at %s", request_id(request), type(error).__name__, where)
     return _problem(
         request,
         (500, "internal", "A fault of the service"),

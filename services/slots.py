@@ -18,13 +18,15 @@ from imaging.greedy import GreedyWorker
 from monitoring import telemetry
 from registry.contract import Contract, read_contract
 from registry.engines import Answers, Engine, check_answers, check_parity, open_engine
+from registry.events import Placement
 from registry.evidence import verify_package
-from registry.ledger import Ledger, Placement, open_ledger
+from registry.ledger import Ledger, open_ledger
 from registry.package import shelf
 
 LOG = logging.getLogger(__name__)
 POLL_S = 0.5
 GRACE_S = 120.0
+RETRY_S = 10.0
 Table = dict[tuple[str, str], "Served"]
 
 
@@ -96,7 +98,7 @@ class Slots:
         self.tasks = tuple(read_params(places).tasks)
         self.table: Table = {}
         self._generation = -1
-        self._refused: set[str] = set()
+        self._refused: dict[str, float] = {}
         self._withheld: dict[tuple[str, str], int] = {}
         self._retired: list[tuple[float, Served]] = []
         self._stopped = threading.Event()
@@ -148,23 +150,30 @@ class Slots:
         generation = self._ledger.generation()
         telemetry.GENERATION.set(generation)
         self._close_retired()
-        if generation == self._generation:
+        if generation == self._generation and not self._due():
             return
         loaded = {served.digest: served for served in self.table.values()}
         table: Table = {}
         withheld = {}
-        for task in self.tasks:
-            for site, placement in self._ledger.champions(task).items():
+        champions = {task: self._ledger.champions(task) for task in self.tasks}
+        for task, placements in champions.items():
+            for site, placement in placements.items():
                 served = self._load(task, placement, loaded) or self.table.get((task, site))
                 if served:
                     table[(task, site)] = served
                 else:
                     withheld[(task, site)] = placement.version
+        wanted = {placement.digest for placements in champions.values() for placement in placements.values()}
+        self._refused = {digest: tried for digest, tried in self._refused.items() if digest in wanted}
         used = {served.digest for served in table.values()}
         self._retired += [
             (time.monotonic(), served) for digest, served in loaded.items() if digest not in used
         ]
         self.table, self._withheld, self._generation = table, withheld, generation
+
+    def _due(self) -> bool:
+        """Whether a refused package may be looked at again: somebody may have restored it."""
+        return any(tried < time.monotonic() - RETRY_S for tried in self._refused.values())
 
     def _close_retired(self) -> None:
         """End what was swapped out long enough ago that no request can still hold it."""
@@ -174,7 +183,8 @@ class Slots:
     def _load(self, task: str, placement: Placement, loaded: dict[str, Served]) -> Served | None:
         """A package once, however many sites use it; None when it is refused, and then the old one stays."""
         digest = placement.digest
-        if digest in self._refused:
+        tried = self._refused.get(digest)
+        if tried is not None and tried > time.monotonic() - RETRY_S:
             return None
         if digest not in loaded:
             folder = shelf(self._places.var, digest)
@@ -184,11 +194,15 @@ class Slots:
             except TrustError as error:
                 self._refuse(task, placement, error)
                 return None
+            self._refused.pop(digest, None)
             LOG.info("%s v%d is loaded with %s", task, placement.version, loaded[digest].engine)
         return loaded[digest]
 
     def _refuse(self, task: str, placement: Placement, error: TrustError) -> None:
-        self._refused.add(placement.digest)
+        known = placement.digest in self._refused
+        self._refused[placement.digest] = time.monotonic()
+        if known:  # told already; one refusal is one incident
+            return
         telemetry.LOAD_FAILURES.labels(task).inc()
         LOG.error("%s v%d is refused: %s", task, placement.version, error)
         try:

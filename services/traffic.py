@@ -24,12 +24,14 @@ class Answered:
         latencies_ms: of each answer, as the client saw it.
         answers: how many were 200.
         refusals: detail -> how many times.
+        problems: names of the problems that the refusals were, e.g. not-approved.
         version: that answered last.
     """
 
     latencies_ms: list[float] = field(default_factory=list)
     answers: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
+    problems: set[str] = field(default_factory=set)
     version: int | None = None
 
     def percentile(self, share: float) -> float | None:
@@ -97,3 +99,4 @@ def _send(client: Any, task: str, who: tuple[str, str], body: tuple[bytes, str],
         kept.version = int(told["version"])
     else:
         kept.refusals[told["detail"]] = kept.refusals.get(told["detail"], 0) + 1
+        kept.problems.add(told["type"].removeprefix("/problems/"))

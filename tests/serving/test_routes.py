@@ -30,6 +30,10 @@ def dicom(modality=Modality.CT, spacing=2.0):
     return encode(draw_pixels(), ContentType.DICOM, spacing, modality)
 
 
+def nifti():
+    return encode(draw_pixels(), ContentType.NIFTI, 2.0, Modality.CT)
+
+
 @pytest.mark.parametrize("task", ["discs", "nodes"])
 def test_the_four_kinds_of_file_get_the_same_answer(gateway, places, task):
     contract = read_contract(places.stage(task, "package"))
@@ -88,6 +92,8 @@ REFUSED = [
     ("truncated .npy", {"body": CT[:-20]}, 400, "unreadable"),
     ("truncated DICOM", {"body": dicom()[:700], "kind": ContentType.DICOM}, 400, "unreadable"),
     ("half a DICOM header", {"body": dicom()[:200], "kind": ContentType.DICOM}, 400, "unreadable"),
+    ("half a NIfTI header", {"body": nifti()[:300], "kind": ContentType.NIFTI}, 400, "unreadable"),
+    ("truncated NIfTI", {"body": nifti()[:-9], "kind": ContentType.NIFTI}, 400, "unreadable"),
     ("not a PNG", {"body": b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "kind": ContentType.PNG}, 400, "unreadable"),
     ("empty", {"body": b""}, 400, "unreadable"),
     ("a pickle", {"body": as_npy(np.array([{"a": 1}], dtype=object))}, 415, "wrong-type"),

@@ -78,6 +78,10 @@ def test_a_flipped_byte_in_the_model_is_refused_and_the_old_version_stays(places
     assert [event.body["version"] for event in incidents] == [number]
     assert gateway.count("formulary_serving_version", task="nodes", site="north") == before["version"]
     check_a_fresh_process_serves_nothing_rather_than_that(places, number)
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    gateway.wait(lambda: gateway.post().json()["version"] == number)
+    assert len(open_ledger(places.var).events("nodes", "incident")) == 2  # of the two processes, one each
 
 
 def check_a_fresh_process_serves_nothing_rather_than_that(places, number):

@@ -1,4 +1,4 @@
-"""The ledger, and what is folded from it: versions, slots, outbox."""
+"""The ledger, and the moves that MLflow has not seen."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -28,23 +28,6 @@ def upgrade() -> None:
             "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
         )
     op.create_table(
-        "versions",
-        sa.Column("task", sa.Text, primary_key=True),
-        sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("digest", sa.Text, nullable=False),
-        sa.Column("event", sa.Integer, sa.ForeignKey("events.seq"), nullable=False),
-        sa.UniqueConstraint("task", "digest"),
-    )
-    op.create_table(
-        "slots",
-        sa.Column("task", sa.Text, primary_key=True),
-        sa.Column("site", sa.Text, primary_key=True),
-        sa.Column("slot", sa.Text, primary_key=True),
-        sa.Column("version", sa.Integer, nullable=False),
-        sa.Column("digest", sa.Text, nullable=False),
-        sa.Column("event", sa.Integer, sa.ForeignKey("events.seq"), nullable=False),
-    )
-    op.create_table(
         "outbox",
         sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
         sa.Column("event", sa.Integer, sa.ForeignKey("events.seq"), nullable=False),
@@ -56,5 +39,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("outbox", "slots", "versions", "events"):
+    for table in ("outbox", "events"):
         op.drop_table(table)

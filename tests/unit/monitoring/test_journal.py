@@ -114,13 +114,13 @@ def test_the_last_row_is_told_by_task_and_site(journal, predict):
     assert journal.last_seq("brain", "west") == 0
 
 
-def test_a_window_is_the_first_image_of_each_of_the_newest_subjects(journal, predict):
+def test_a_window_is_the_newest_image_of_each_of_the_newest_subjects(journal, predict):
     names = ["a", "b", "a", "c", "b", None, None, "d", "a"]
     journal.append([predict(subject=name, columns={"noise": float(i)}) for i, name in enumerate(names)])
     window = journal.read_window("brain", "north", 1, 5)
-    assert [row["noise"] for row in window] == [1.0, 3.0, 5.0, 6.0, 7.0]
-    assert [row["subject"] for row in window] == ["b", "c", None, None, "d"]
-    assert [row["seq"] for row in window] == [2, 4, 6, 7, 8]
+    assert [row["noise"] for row in window] == [4.0, 5.0, 6.0, 7.0, 8.0]
+    assert [row["subject"] for row in window] == ["b", None, None, "d", "a"]
+    assert [row["seq"] for row in window] == [5, 6, 7, 8, 9]
 
 
 def test_a_window_holds_one_task_one_site_and_one_version(journal, predict):

@@ -1,6 +1,8 @@
 """The ledger only grows, and whoever changes it is found out."""
 
+import shutil
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
@@ -8,7 +10,9 @@ from sqlalchemy.exc import IntegrityError
 
 from imaging.errors import Conflict, Forbidden, TrustError
 from registry.access import act, admit, revoke
+from registry.events import canonical, digest_event
 from registry.ledger import open_ledger
+from registry.signing import Signer
 
 
 def tamper(places, statement):
@@ -41,6 +45,41 @@ def test_a_changed_record_is_named(ledger, places, author, approver, change):
     tamper(places, change)
     with pytest.raises(TrustError, match="record 2"):
         ledger.verify()
+
+
+def test_a_copied_key_makes_nobody_somebody_else(ledger, places, author, approver):
+    keys = places.var / "keys"
+    shutil.copy(keys / "author@test.pem", keys / "chief@test.pem")
+    for pretend in (act, admit):
+        with pytest.raises(Forbidden, match="is author@test's"):
+            pretend(places.var, ledger, "chief@test")
+    with pytest.raises(Forbidden, match="does not trust"), ledger.writing() as writer:
+        writer.append("approved", "brain-tissue", {}, Signer("chief@test", author.private))
+    assert ledger.verify() == 2
+
+
+@pytest.mark.parametrize("kind", ["key-trusted", "approved", "registered", "rolled-back"])
+def test_a_decision_without_a_signature_is_neither_written_nor_believed(ledger, places, author, kind):
+    body = {"identity": "mallory", "key": "k", "public": author.public_pem, "version": 1,
+            "digest": "sha256:0", "sites": ["north"]}  # fmt: skip
+    with pytest.raises(Forbidden, match="does not trust"), ledger.writing() as writer:
+        writer.append(kind, "brain-tissue", body, "author@test")
+    first = ledger.events()[0]
+    draft = replace(first, seq=2, kind=kind, body=body, key="", previous=first.hash, signature="",
+                    task="brain-tissue")  # fmt: skip
+    forged = replace(draft, hash=digest_event(draft))
+    with sqlite3.connect(places.var / "formulary.db") as database:
+        row = {**vars(forged), "body": canonical(forged.body)}
+        names = ", ".join(f":{name}" for name in row)
+        database.execute(f"INSERT INTO events VALUES ({names})", row)
+    for look in (
+        ledger.verify,
+        ledger.trusted_keys,
+        ledger.versions,
+        lambda: ledger.champions("brain-tissue"),
+    ):
+        with pytest.raises(TrustError, match="record 2"):
+            look()
 
 
 def test_a_second_key_needs_a_trusted_one(ledger, places, author):

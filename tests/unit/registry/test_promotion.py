@@ -1,12 +1,16 @@
 """A version is registered, asked for, approved by somebody else, rolled back; each step can be refused."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError, TrustError
-from registry.ledger import NETWORK, open_ledger
-from registry.package import shelf
+from registry.access import admit, revoke
+from registry.events import NETWORK
+from registry.evidence import verify_package
+from registry.ledger import open_ledger
+from registry.package import shelf, statements_folder
 from registry.promotion import approve, register, request, roll_back
 
 TASK = "brain-tissue"
@@ -34,8 +38,8 @@ def test_registering_twice_changes_nothing(ledger, build, author):
     first = register(build("one"), ledger, TASK, author)
     before = ledger.generation()
     again = register(build("one"), ledger, TASK, author)
-    assert (first.version, first.new) == (1, True)
-    assert (again.version, again.new) == (1, False)
+    assert (first.version, first.did) == (1, "registered")
+    assert (again.version, again.did) == (1, "known already")
     assert ledger.generation() == before
 
 
@@ -144,7 +148,63 @@ def test_rollback_puts_the_previous_champion_back(ledger, places, promoted, auth
     assert moved == {"north": 1}
     assert ledger.champions(TASK)["north"].version == 1
     assert ledger.champions(TASK)["east"].version == 2
-    assert set(roll_back(ledger, places.var, TASK, None, (author, "all"))) >= {"east", NETWORK}
+    moved = roll_back(ledger, places.var, TASK, None, (author, "all"))
+    assert moved == dict.fromkeys(("east", "south", "west", "harbour", NETWORK), 1)
+    assert {placement.version for placement in ledger.champions(TASK).values()} == {1}
+    with pytest.raises(RegistryError, match="no previous version"):
+        roll_back(ledger, places.var, TASK, None, (author, "once more"))
+
+
+def test_what_was_rolled_back_returns_only_when_it_is_approved_again(
+    ledger, places, promoted, judged, author, approver
+):
+    promoted("one")
+    made, _ = promoted("two")
+    roll_back(ledger, places.var, TASK, None, (author, "it misses small ones"))
+    ask(ledger, places, judged, made, author)
+    approve(ledger, places.var, TASK, made.version, (approver, "they were artefacts"))
+    assert {placement.version for placement in ledger.champions(TASK).values()} == {2}
+
+
+def test_new_facts_about_a_known_package_are_signed_under_its_number(ledger, places, build, judged, author):
+    register(build("one", overall=0.5), ledger, TASK, author)
+    made = register(build("one", overall=0.9), ledger, TASK, author)
+    assert (made.version, made.did) == (1, "renewed")
+    assert ask(ledger, places, judged, made, author)[0].network.passed
+    old = statements_folder(shelf(places.var, made.digest)) / "superseded"
+    told = {path.stem for path in old.glob("*.json")}
+    assert set(ledger.versions(TASK)[0][3].body["evidence"].values()) == {f"sha256:{name}" for name in told}
+
+
+def test_an_approval_of_evidence_that_was_signed_again_is_refused(
+    ledger, places, build, judged, author, approver
+):
+    made = register(build("one"), ledger, TASK, author)
+    ask(ledger, places, judged, made, author)
+    register(build("one", overall=0.95), ledger, TASK, author)
+    with pytest.raises(Conflict, match="signed again"):
+        approve(ledger, places.var, TASK, made.version, (approver, "read it"))
+
+
+def test_a_version_outlives_the_key_that_signed_it(ledger, places, build, promoted, author, approver):
+    made, _ = promoted("one")
+    revoke(ledger, author.key_id, approver, "left the hospital")
+    with pytest.raises(TrustError):
+        verify_package(shelf(places.var, made.digest), ledger)
+    again = register(build("one"), ledger, TASK, admit(places.var, ledger, "successor@test"))
+    assert (again.version, again.did) == (1, "renewed")
+    verify_package(shelf(places.var, made.digest), ledger)
+    ledger.verify()
+
+
+def test_the_verdict_cites_the_evidence(ledger, places, build, judged, author):
+    made = register(build("one"), ledger, TASK, author)
+    _, asked = ask(ledger, places, judged, made, author)
+    folder = statements_folder(shelf(places.var, made.digest))
+    assert asked.body["evidence"] == {
+        path.stem: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in folder.glob("*.json")
+    }
+    assert len(asked.body["evidence"]) == 4
 
 
 def test_there_is_nothing_to_roll_back_to_at_first(ledger, places, promoted, author):
