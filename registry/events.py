@@ -99,19 +99,23 @@ def fold_slots(events: Iterable[Event]) -> dict[str, dict[str, Placement]]:
     slots: dict[str, dict[str, Placement]] = {}
     for event in events:
         if event.kind == Decision.APPROVED:
-            new = Placement(int(event.body["version"]), str(event.body["digest"]), event.at)
             for site in (NETWORK, *event.body["sites"]):
-                held = slots.setdefault(site, {})
-                old = held.get(Slot.CHAMPION)
-                if old and old.digest != new.digest:
-                    held[Slot.PREVIOUS] = old
-                if old is None or old.digest != new.digest:
-                    held[Slot.CHAMPION] = new
+                _approve(slots.setdefault(site, {}), event)
         elif event.kind == Decision.ROLLED_BACK:
             for site in event.body["sites"]:
                 back = slots[site].pop(Slot.PREVIOUS)
                 slots[site][Slot.CHAMPION] = Placement(back.version, back.digest, event.at)
     return slots
+
+
+def _approve(held: dict[str, Placement], event: Event) -> None:
+    """Make the event's version the champion of one site; what served before becomes `previous`."""
+    new, old = Placement(event.body["version"], event.body["digest"], event.at), held.get(Slot.CHAMPION)
+    if old and old.digest == new.digest:
+        return
+    if old:
+        held[Slot.PREVIOUS] = old
+    held[Slot.CHAMPION] = new
 
 
 def _fold_key(trusted: dict[str, TrustedKey], event: Event) -> None:
