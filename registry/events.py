@@ -98,18 +98,19 @@ def fold_slots(events: Iterable[Event]) -> dict[str, dict[str, Placement]]:
     """
     slots: dict[str, dict[str, Placement]] = {}
     for event in events:
-        if event.kind == Decision.APPROVED:
-            for site in (NETWORK, *event.body["sites"]):
-                _approve(slots.setdefault(site, {}), event)
-        elif event.kind == Decision.ROLLED_BACK:
-            for site in event.body["sites"]:
-                back = slots[site].pop(Slot.PREVIOUS)
-                slots[site][Slot.CHAMPION] = Placement(back.version, back.digest, event.at)
+        if event.kind in (Decision.APPROVED, Decision.ROLLED_BACK):
+            network = [NETWORK] if event.kind == Decision.APPROVED else []
+            for site in [*network, *event.body["sites"]]:
+                _move(slots.setdefault(site, {}), event)
     return slots
 
 
-def _approve(held: dict[str, Placement], event: Event) -> None:
-    """Make the event's version the champion of one site; what served before becomes `previous`."""
+def _move(held: dict[str, Placement], event: Event) -> None:
+    """Carry an approval or a rollback into the slots of one site."""
+    if event.kind == Decision.ROLLED_BACK:
+        back = held.pop(Slot.PREVIOUS)
+        held[Slot.CHAMPION] = Placement(back.version, back.digest, event.at)
+        return
     new, old = Placement(event.body["version"], event.body["digest"], event.at), held.get(Slot.CHAMPION)
     if old and old.digest == new.digest:
         return
