@@ -15,7 +15,7 @@ repro: .venv/ready ; dvc repro
 bench: .venv/dev ; python benchmarks/serving.py $(ARGS)
 soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults
 docs: .venv/dev ; mkdocs build --strict --site-dir site
-wheelhouse: .venv/ready ; pip download --dest wheelhouse -r requirements.lock -r requirements-dev.lock -r requirements-scale.lock pip
+wheelhouse: .venv/ready ; pip wheel --wheel-dir wheelhouse -r requirements.lock -r requirements-dev.lock -r requirements-scale.lock pip
 clean: .venv/ready ; formulary clean --yes
 
 .venv/bin/python:
