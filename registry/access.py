@@ -49,12 +49,17 @@ def admit(var: Path, ledger: Ledger, identity: str, by: str | None = None) -> Si
     trusted one that lies in var/keys.
 
     Raises:
-        Forbidden: no trusted key is at hand to vouch.
+        Forbidden: no trusted key is at hand to vouch; the key was revoked, or is another person's.
     """
     known = ledger.trusted_keys()
     signer = create_signer(var, name_identity(identity))
     if signer.key_id in known:
         return _same_person(signer, known[signer.key_id].identity)
+    if signer.key_id in {event.body["key"] for event in ledger.events(kind=Decision.KEY_REVOKED)}:
+        raise Forbidden(
+            f"The key of {signer.identity} was revoked.",
+            f"Move {key_path(var, signer.identity)} away and run this again: it makes a new one.",
+        )
     voucher = signer if not ledger.has_events() else _voucher(var, ledger, by)
     body = {"identity": signer.identity, "key": signer.key_id, "public": signer.public_pem}
     with ledger.writing() as writer:

@@ -100,6 +100,16 @@ def test_a_revoked_key_acts_no_more(ledger, places, author, approver):
     ledger.verify()
 
 
+def test_a_revoked_key_is_never_trusted_again_and_a_new_one_takes_its_place(ledger, places, author, approver):
+    revoke(ledger, approver.key_id, author, "it was copied")
+    with pytest.raises(Forbidden, match="was revoked"):
+        admit(places.var, ledger, "approver@test")
+    (places.var / "keys" / "approver@test.pem").unlink()
+    again = admit(places.var, ledger, "approver@test")
+    assert again.key_id != approver.key_id
+    assert act(places.var, ledger, "approver@test").key_id == again.key_id
+
+
 def test_the_last_key_cannot_be_revoked(ledger, author):
     with pytest.raises(Forbidden, match="last"):
         revoke(ledger, author.key_id, author, "oops")
