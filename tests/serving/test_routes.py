@@ -82,6 +82,12 @@ def test_an_answer_is_a_row_and_no_row_names_a_subject(gateway, places):
     assert "Example" not in gateway.log.read_text()
 
 
+def test_a_file_with_a_bad_header_is_not_quoted_in_the_log(gateway):
+    body = dicom().replace(b"1.2.840.10008.1.2.1\0", b"Mrs Example 195001.\0")
+    assert gateway.post(body=body, kind=ContentType.DICOM).status_code == 415
+    assert "Example" not in gateway.log.read_text()
+
+
 def nan():
     pixels = draw_pixels().astype(np.float32)
     pixels[3, 4] = np.nan
