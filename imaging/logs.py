@@ -12,7 +12,8 @@ def configure_logs(departments: tuple[str, ...]) -> None:
     if not logging.getLogger().handlers:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
     for library in QUOTING:
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+        logging.getLogger(library).propagate = False  # not its level, which pydicom sets when it is imported
+        logging.getLogger(library).addHandler(logging.NullHandler())
         warnings.filterwarnings("ignore", module=library)
     for department in departments:
         logging.getLogger(department).setLevel(os.environ.get("FORMULARY_LOG", "INFO").upper())
