@@ -62,11 +62,17 @@ def authenticate(events: Iterable[Event]) -> dict[str, TrustedKey]:
         Key id -> key, of the keys that are trusted after the last event.
 
     Raises:
-        TrustError: names the first event that no trusted key of its actor signed.
+        TrustError: names the first event that is missing or that no trusted key of its actor signed.
     """
     trusted: dict[str, TrustedKey] = {}
-    for event in events:
-        if event.seq == 1:
+    previous = GENESIS
+    for number, event in enumerate(events, start=1):
+        if (event.seq, event.previous) != (number, previous):
+            raise TrustError(
+                f"Ledger record {number} was changed or taken out.", "Restore var/formulary.db from a backup."
+            )
+        previous = event.hash
+        if number == 1:
             _fold_key(trusted, event)
         if not holds(event, trusted):
             raise TrustError(

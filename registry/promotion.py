@@ -94,6 +94,7 @@ def request(
     """
     policy, policy_digest, sites = judged
     task, number, digest = event.task, int(event.body["version"]), str(event.body["digest"])
+    cited = digest_statements(shelf(var, digest))
     verdict = judge(_verified(ledger, var, digest), policy, sites)
     champions = ledger.champions(task)
     wanted = verdict.approvable
@@ -102,9 +103,11 @@ def request(
     body = {
         "version": number, "digest": digest, "policy": policy_digest, "approvers": list(policy.approvers),
         "verdict": verdict.model_dump(mode="json"), "sites": wanted,
-        "evidence": digest_statements(shelf(var, digest)),
+        "evidence": cited,
     }  # fmt: skip
     with ledger.writing() as writer:
+        if cited != digest_statements(shelf(var, digest)):
+            raise Conflict(f"The evidence of {task} v{number} was signed again meanwhile.", "Ask again.")
         asked = writer.append(Decision.REQUESTED if wanted else Decision.REFUSED, task, body, signer)
     if not wanted:
         reasons = "; ".join(verdict.network.reasons)
@@ -134,8 +137,8 @@ def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Si
     """
     signer, because = reason
     digest, registered = ledger.version(task, version)
-    _verified(ledger, var, digest)
     with ledger.writing() as writer:
+        evidence = _verified(ledger, var, digest)
         kinds = (Decision.REQUESTED, Decision.REFUSED, Decision.APPROVED, Decision.ROLLED_BACK)
         asked = writer.latest(task, *kinds)
         if asked is None or asked.kind != Decision.REQUESTED or asked.body["version"] != version:
@@ -148,7 +151,7 @@ def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Si
                 f"Nothing is open for {task} v{version}: {last}.",
                 f"Ask: formulary registry promote {task} {version}",
             )
-        _second_person(signer, asked, registered)
+        _second_person(signer, asked, {asked.actor, registered.actor, *evidence.signed_by.values()})
         if asked.body["evidence"] != digest_statements(shelf(var, digest)):
             raise Conflict(
                 f"The evidence of {task} v{version} was signed again since the gate judged it.",
@@ -200,8 +203,9 @@ def roll_back(
     return moves
 
 
-def _second_person(signer: Signer, asked: Event, registered: Event) -> None:
-    if signer.identity in (asked.actor, registered.actor) or signer.key_id in (asked.key, registered.key):
+def _second_person(signer: Signer, asked: Event, makers: set[str]) -> None:
+    """The approver is nobody who made the version, signed its evidence or asked for it."""
+    if signer.identity in makers or signer.key_id == asked.key:
         raise Forbidden(
             f"{signer.identity} made or asked for this version.", "Another person approves: --identity NAME."
         )

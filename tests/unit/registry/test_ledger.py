@@ -82,6 +82,15 @@ def test_a_decision_without_a_signature_is_neither_written_nor_believed(ledger, 
             look()
 
 
+def test_a_decision_that_was_taken_out_is_missed_by_every_reader(ledger, places, author, approver):
+    revoke(ledger, approver.key_id, author, "it was copied")
+    ledger.record_incident("later", "", {})
+    tamper(places, "DELETE FROM events WHERE seq = 3")
+    for look in (ledger.verify, ledger.trusted_keys, ledger.versions):
+        with pytest.raises(TrustError, match="record 3"):
+            look()
+
+
 def test_a_second_key_needs_a_trusted_one(ledger, places, author):
     (places.var / "keys" / "author@test.pem").unlink()
     with pytest.raises(Forbidden, match="vouch"):

@@ -186,6 +186,15 @@ def test_an_approval_of_evidence_that_was_signed_again_is_refused(
         approve(ledger, places.var, TASK, made.version, (approver, "read it"))
 
 
+def test_who_signed_the_evidence_again_does_not_approve_it(ledger, places, build, judged, author, approver):
+    register(build("one", overall=0.5), ledger, TASK, author)
+    made = register(build("one", overall=0.99), ledger, TASK, approver)
+    ask(ledger, places, judged, made, author)
+    with pytest.raises(Forbidden, match="Another person"):
+        approve(ledger, places.var, TASK, made.version, (approver, "mine"))
+    assert ledger.champions(TASK) == {}
+
+
 def test_a_version_outlives_the_key_that_signed_it(ledger, places, build, promoted, author, approver):
     made, _ = promoted("one")
     revoke(ledger, author.key_id, approver, "left the hospital")
