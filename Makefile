@@ -3,17 +3,18 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 WHEELS := $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse,)
 
-.PHONY: demo test fast check up repro bench soak docs clean wheelhouse
+.PHONY: demo test fast check up repro study bench soak docs clean wheelhouse
 
 demo: .venv/ready ; formulary demo
-test: .venv/dev ; python -m pytest -q $(ARGS)
+test: .venv/dev ; deploy/debian.sh ; python -m pytest -q $(ARGS)
 fast: .venv/dev ; python -m pytest -q tests/unit tests/house
 check: .venv/dev
 	ruff format --check . && ruff check . && mypy && lint-imports --no-cache && python -m pytest -q tests/house
 up: .venv/ready ; formulary up
 repro: .venv/ready ; dvc repro
-bench: .venv/dev ; python benchmarks/serving.py $(ARGS)
-soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults
+study: .venv/ready ; dvc repro training/pipelines/study/dvc.yaml
+bench: .venv/dev ; python benchmarks/serving.py $(ARGS) && python benchmarks/training.py $(ARGS)
+soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults tests/data/test_importing.py tests/unit/imaging
 docs: .venv/dev ; mkdocs build --strict --site-dir site
 wheelhouse: .venv/ready ; pip wheel --wheel-dir wheelhouse -r requirements.lock -r requirements-dev.lock -r requirements-scale.lock pip
 clean: .venv/ready ; formulary clean --yes

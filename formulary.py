@@ -55,7 +55,7 @@ def door() -> None:
 def main() -> None:
     """Run a command; an error of the house is two lines and exit code 1, not a traceback."""
     from imaging.errors import FormularyError
-    from imaging.logs import configure_logs
+    from imaging.terminal import configure_logs
 
     os.environ.update(SILENT)
     configure_logs(("imaging", "registry", "monitoring", "training", "services"))

@@ -33,12 +33,11 @@ from starlette.requests import Request
 from imaging.config import read_places
 from imaging.preparation import prepare
 from imaging.reading import decode
-from imaging.tables import print_table
-from registry.contract import read_contract
+from imaging.terminal import print_table
 from registry.engines import open_engine
 from registry.ledger import open_ledger
-from registry.package import shelf
-from services.encoding import encode
+from registry.package import read_contract, shelf
+from services.findings import encode
 from services.stack import free_port
 
 TASK, CLIENTS, KIND = "lung-nodule", 32, "application/x-npy"
@@ -80,7 +79,7 @@ def measure_engine(package: Path, seconds: float) -> dict[str, float]:
     contract, engine = read_contract(package), open_engine(package, "openvino", "f32")
     told = {}
     for size in (1, 32):
-        batch = np.zeros((size, 1, contract.rows, contract.columns), np.float32)
+        batch = np.zeros((size, *contract.shape), np.float32)
         engine.run(batch)
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:

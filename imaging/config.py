@@ -1,6 +1,6 @@
-"""Decisions (params.yaml, sites.yaml) as typed, frozen values, and the places things lie (environment).
+"""params.yaml and sites.yaml as typed, frozen values, and the places things lie (environment).
 
-A misspelt key is refused by name. Functions take the section they need, never the whole.
+A misspelt key is refused by name. Functions take the section they need (imaging/recipe.py), never the whole.
 """
 
 from __future__ import annotations
@@ -12,153 +12,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from imaging.errors import ConfigError, UnknownSite, UnknownTask
-from imaging.preparation import Preparation
-from imaging.vocabulary import Kind, Modality, SiteKind
-
-
-class Section(BaseModel):
-    """A part of a YAML file: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Profile(Section):
-    """How large a cohort is. Counts are subjects."""
-
-    internal: int = Field(ge=8)
-    external: int = Field(ge=8)
-    views: int = Field(ge=1, le=8)
-
-
-class CohortSection(Section):
-    """What the first stage builds: a module of training/cohorts, its size and its seed."""
-
-    builder: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    profile: str
-    seed: int
-
-
-class SplitSection(Section):
-    """Shares of the subjects of internal sites; what is left over is the locked test set."""
-
-    seed: int
-    train: float = Field(gt=0, lt=1)
-    validation: float = Field(gt=0, lt=1)
-
-
-class CheckSection(Section):
-    """What the data must be, beside what every manifest must be."""
-
-    pixel_low: float
-    pixel_high: float
-    spacing_low_mm: float = Field(gt=0)
-    spacing_high_mm: float = Field(gt=0)
-    subjects_per_split_and_site: int = Field(ge=1)
-
-
-class Architecture(Section):
-    """An allow-listed architecture and its options, in numbers alone."""
-
-    name: str
-    channels: tuple[int, ...] = Field(min_length=2, max_length=6)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-
-
-class AugmentationSection(Section):
-    """Ranges that augmentation draws from. 0 turns a part off."""
-
-    flip: bool = False
-    shift_px: int = Field(default=0, ge=0)
-    gain: float = Field(default=0.0, ge=0, lt=1)
-    offset: float = Field(default=0.0, ge=0)
-    noise: float = Field(default=0.0, ge=0)
-
-
-class FitSection(Section):
-    """How weights are found."""
-
-    architecture: Architecture
-    augmentation: AugmentationSection
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=2)
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    seed: int
-    threads: int = Field(ge=1)
-    device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
-
-
-class CalibrateSection(Section):
-    """How the operating point is frozen, on internal validation."""
-
-    sensitivity: float = Field(gt=0, lt=1, description="the least sensitivity that the threshold must keep")
-
-
-class PackageSection(Section):
-    """What the contract promises."""
-
-    intended_use: str
-    png_offset: float = 0.0
-    max_batch: int = Field(ge=1, le=256)
-    golden: int = Field(ge=2, le=64)
-    tolerance: dict[str, float] = Field(description="engine/precision -> largest difference of a probability")
-
-
-class EvaluateSection(Section):
-    """How the packaged engine is scored on the locked sets."""
-
-    engine: str
-    precision: str
-    confidence: float = Field(gt=0.5, lt=1)
-    seed: int
-
-
-class QualifySection(Section):
-    """Which engines are checked against the golden cases, and at which batch sizes."""
-
-    engines: tuple[str, ...] = Field(
-        min_length=1, description="engine/precision, best first is found by time"
-    )
-    batch_sizes: tuple[int, ...] = Field(min_length=1)
-
-
-class ReferenceSection(Section):
-    """The drift test and the false alarms that it may raise."""
-
-    alpha: float = Field(gt=0, lt=0.5, description="false alarms a window, over all columns")
-    window: int = Field(ge=20, description="subjects; fewer is 'not enough cases'")
-    repeats: int = Field(ge=10, description="null windows drawn to measure the false-alarm share")
-    seed: int
-
-
-class TaskSection(Section):
-    """One question asked of an image, stage by stage."""
-
-    title: str
-    kind: Kind
-    modality: Modality
-    classes: tuple[str, ...] = Field(min_length=2, description="names of the labels 0, 1, ...")
-    preparation: Preparation
-    cohort: CohortSection
-    split: SplitSection
-    check: CheckSection
-    fit: FitSection
-    calibrate: CalibrateSection
-    package: PackageSection
-    evaluate: EvaluateSection
-    qualify: QualifySection
-    reference: ReferenceSection
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.kind is Kind.CLASSIFICATION and len(self.classes) != 2:
-            raise ValueError("a classification task has two classes: the negative and the positive")
-        if self.split.train + self.split.validation >= 1:
-            raise ValueError("split: train and validation leave nothing for the test set")
-        return self
+from imaging.recipe import Profile, Section, TaskSection
+from imaging.vocabulary import SiteKind
 
 
 class Params(Section):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,23 +48,23 @@ def group_by_subject(values: NDArray[Any], subjects: NDArray[Any]) -> list[NDArr
     return np.split(values[order], starts[1:])
 
 
-def design_effect(right: NDArray[np.integer], subjects: NDArray[Any]) -> float:
+def design_effect(values: NDArray[np.integer], subjects: NDArray[Any]) -> float:
     """How much less a clustered sample says than an independent one (Rao and Scott 1992).
 
     Args:
-        right: 0 or 1, shape (images,).
+        values: 0 or 1, or differences of such (-1, 0, 1), shape (images,).
         subjects: who each image is of, shape (images,).
 
     Returns:
         At least 1; exactly 1 with one image a subject.
     """
-    groups = group_by_subject(right.astype(float), subjects)
-    share, images, count = float(right.mean()), len(right), len(groups)
-    if count < 2 or share in (0.0, 1.0):
+    groups = group_by_subject(values.astype(float), subjects)
+    middle, images, count = float(values.mean()), len(values), len(groups)
+    if count < 2 or np.ptp(values) == 0:
         return float(max(1.0, images / max(count, 1)))
-    residuals = np.array([(group - share).sum() for group in groups])
+    residuals = np.array([(group - middle).sum() for group in groups])
     variance = count / (count - 1) * float((residuals**2).sum()) / images**2
-    return max(1.0, variance / (share * (1 - share) / (images - 1)))
+    return max(1.0, variance / (float(values.var()) / (images - 1)))
 
 
 def wilson(right: NDArray[np.integer], subjects: NDArray[Any], confidence: float = 0.95) -> Estimate:
@@ -92,7 +95,11 @@ def wilson(right: NDArray[np.integer], subjects: NDArray[Any], confidence: float
 
 
 def bootstrap_mean(
-    values: NDArray[np.floating], subjects: NDArray[Any], confidence: float = 0.95, seed: int = 0
+    values: NDArray[np.floating],
+    subjects: NDArray[Any],
+    confidence: float = 0.95,
+    seed: int = 0,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Estimate:
     """BCa bootstrap interval of the mean of subject means.
 
@@ -101,6 +108,7 @@ def bootstrap_mean(
         subjects: who each image is of, shape (images,).
         confidence: two-sided.
         seed: of the resampling.
+        bounds: the interval where subjects are too few, or all the same, to resample.
     """
     from scipy.stats import bootstrap
 
@@ -109,56 +117,182 @@ def bootstrap_mean(
     facts: dict[str, Any] = {"subjects": len(means), "confidence": confidence}
     if len(means) < 2 or np.ptp(means) == 0:
         middle = float(means.mean()) if len(means) else 0.0
-        return Estimate(estimate=middle, low=0.0, high=1.0, method="too few subjects", **facts)
-    found = bootstrap(
-        (means,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=2000,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(
-        estimate=float(means.mean()),
-        low=float(found.low),
-        high=float(found.high),
-        method="BCa bootstrap of subject means",
-        **facts,
-    )
+        return Estimate(estimate=middle, low=bounds[0], high=bounds[1], method="too few subjects", **facts)
+    # BCa's jackknife takes the square of the subjects, and of so many it changes nothing.
+    method = "BCa" if len(means) <= 5000 else "percentile"
+    how: dict[str, Any] = {"n_resamples": 2000, "batch": max(1, 4_000_000 // len(means)), "method": method}
+    rng = np.random.default_rng(seed)
+    told = bootstrap((means,), np.mean, confidence_level=confidence, rng=rng, **how)
+    low, high = (float(end) for end in told.confidence_interval)
+    facts["method"] = f"{method} bootstrap of subject means"
+    return Estimate(estimate=float(means.mean()), low=low, high=high, **facts)
 
 
-def bootstrap_auc(
-    truth: NDArray[np.integer],
-    score: NDArray[np.floating],
+def bootstrap_statistic(
+    statistic: Callable[[NDArray[np.intp]], float],
     subjects: NDArray[Any],
     confidence: float = 0.95,
     seed: int = 0,
+    strata: NDArray[Any] | None = None,
 ) -> Estimate:
-    """Percentile bootstrap interval of the AUC, whole subjects drawn.
+    """Bias-corrected percentile bootstrap (Efron 1981) of any statistic, whole subjects drawn.
+
+    Args:
+        statistic: of row numbers, which may repeat; NaN where they do not define it, and such draws are left
+            out. It must be finite for all rows.
+        subjects: who each image is of, shape (images,).
+        confidence: two-sided.
+        seed: of the resampling.
+        strata: such as the site of each image, shape (images,): each keeps its number of subjects.
+    """
+    from scipy.stats import norm
+
+    rows, generator = np.arange(len(subjects)), np.random.default_rng(seed)
+    layers = group_by_subject(rows, np.zeros(len(rows)) if strata is None else strata)
+    parts = [group_by_subject(layer, subjects[layer]) for layer in layers]
+    groups = [group for part in parts for group in part]
+    ends = np.cumsum([0, *map(len, parts)])
+    table = np.full((len(groups), max(map(len, groups))), -1)  # rows of each subject, filled up with -1
+    for place, group in enumerate(groups):
+        table[place, : len(group)] = group
+    found = []
+    for _ in range(1000):
+        drawn = [generator.integers(low, high, high - low) for low, high in pairwise(ends)]
+        kept = table[np.concatenate(drawn)].ravel()
+        found.append(statistic(kept[kept >= 0]))
+    middle, draws = float(statistic(rows)), np.array(found)[np.isfinite(found)]
+    below = ((draws < middle).mean() + (draws <= middle).mean()) / 2  # half, were the draws not biased
+    bias = norm.ppf(np.clip(below, 1e-3, 1 - 1e-3))
+    tail = norm.ppf((1 + confidence) / 2)
+    low, high = np.percentile(draws, 100 * norm.cdf([2 * bias - tail, 2 * bias + tail]))
+    return Estimate(
+        estimate=middle,
+        low=min(float(low), middle),
+        high=max(float(high), middle),
+        subjects=len(groups),
+        confidence=confidence,
+        method="bias-corrected percentile bootstrap by subject",
+    )
+
+
+def delong(
+    truth: NDArray[np.integer], score: NDArray[np.floating], subjects: NDArray[Any], confidence: float = 0.95
+) -> Estimate:
+    """Interval of the AUC by Obuchowski 1997 on the logit scale; DeLong's where a subject has one image.
 
     Args:
         truth: 0 or 1, shape (images,).
         score: any scale, shape (images,).
         subjects: who each image is of, shape (images,).
         confidence: two-sided.
-        seed: of the resampling.
-    """
-    from imaging.scores import auc
 
-    groups = group_by_subject(np.arange(len(truth)), subjects)
-    generator = np.random.default_rng(seed)
-    draws = []
-    for _ in range(1000):
-        rows = np.concatenate([groups[i] for i in generator.integers(0, len(groups), len(groups))])
-        draws.append(auc(truth[rows], score[rows]))
-    tail = 50 * (1 - confidence)
-    low, high = np.nanpercentile(draws, [tail, 100 - tail]) if np.isfinite(draws).any() else (0.0, 1.0)
-    middle = auc(truth, score)
-    return Estimate(
-        estimate=middle if np.isfinite(middle) else 0.5,
-        low=float(low),
-        high=float(high),
-        subjects=len(groups),
-        confidence=confidence,
-        method="percentile bootstrap by subject",
+    Returns:
+        0 to 1; where the ranking has no spread (an AUC of 1), Wilson's interval of as many subjects as the
+        rarer class has.
+    """
+    from scipy.special import expit, logit
+    from scipy.stats import norm
+    from statsmodels.stats.proportion import proportion_confint
+
+    facts: dict[str, Any] = {"subjects": len(np.unique(subjects)), "confidence": confidence}
+    positive = truth == 1
+    rarer = min(len(np.unique(subjects[positive])), len(np.unique(subjects[~positive])))
+    if not rarer:
+        return Estimate(estimate=0.5, low=0.0, high=1.0, method="one class is missing", **facts)
+    area, variance = spread_auc(*auc_components(truth, score), positive, subjects)
+    if variance < 1e-12:
+        low, high = proportion_confint(area * rarer, rarer, alpha=1 - confidence, method="wilson")
+        ends, method = (min(low, area), max(high, area)), "Wilson, subjects of the rarer class"
+    else:
+        half = norm.ppf((1 + confidence) / 2) * np.sqrt(variance) / (area * (1 - area))
+        ends, method = expit(logit(area) + np.array([-half, half])), "DeLong, clustered (Obuchowski)"
+    return Estimate(estimate=area, low=float(ends[0]), high=float(ends[1]), method=method, **facts)
+
+
+def auc_components(
+    truth: NDArray[np.integer], score: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Share of the other class that each positive beats, and that each negative is beaten by; ties half.
+
+    Returns:
+        (positives,) and (negatives,): the structural components of DeLong 1988, whose means are the AUC.
+    """
+    from scipy.stats import rankdata
+
+    positive, ranks = truth == 1, rankdata(score)
+    beats = (ranks[positive] - rankdata(score[positive])) / (~positive).sum()
+    beaten = 1 - (ranks[~positive] - rankdata(score[~positive])) / positive.sum()
+    return beats, beaten
+
+
+def spread_auc(
+    beats: NDArray[np.float64],
+    beaten: NDArray[np.float64],
+    positive: NDArray[np.bool_],
+    subjects: NDArray[Any],
+) -> tuple[float, float]:
+    """AUC and its variance from components, or the difference of two AUCs from differences of components.
+
+    Args:
+        beats: of the positives, in order.
+        beaten: of the negatives, in order.
+        positive: which images are positive, shape (images,).
+        subjects: who each image is of, shape (images,).
+    """
+    area = float(beats.mean())
+    names, people = np.unique(subjects, return_inverse=True)
+    sums = [np.bincount(people[chosen], part - area, len(names))
+            for chosen, part in ((positive, beats), (~positive, beaten))]  # fmt: skip
+    counts = [len(np.unique(people[chosen])) for chosen in (positive, ~positive)]
+    # Obuchowski's S10 / M + S01 / N + 2 S11 / (M N): each with its own correction for few subjects
+    total = sum(
+        count / max(count - 1, 1) * float((part**2).sum()) / size**2
+        for part, count, size in zip(sums, counts, (len(beats), len(beaten)), strict=True)
     )
+    shared = len(names) / max(len(names) - 1, 1) * float((sums[0] * sums[1]).sum())
+    return area, max(0.0, total + 2 * shared / (len(beats) * len(beaten)))
+
+
+def calibration_line(
+    truth: NDArray[np.integer], score: NDArray[np.floating], subjects: NDArray[Any], confidence: float = 0.95
+) -> tuple[Estimate, Estimate] | None:
+    """Slope and intercept of the truth on the logit of the probability: 1 and 0 where it is honest.
+
+    Args:
+        truth: 0 or 1, shape (images,).
+        score: probability of a positive, shape (images,).
+        subjects: who each image is of, shape (images,).
+        confidence: two-sided.
+
+    Returns:
+        Slope (under 1: too sure) and intercept (under 0: too high), with cluster-robust Wald intervals; None
+        where the classes do not overlap, so that no line exists.
+    """
+    from scipy.special import logit
+    from statsmodels.discrete.discrete_model import Logit
+
+    x = logit(np.clip(score.astype(float), 1e-6, 1 - 1e-6))
+    positive = x[truth == 1], x[truth == 0]
+    if not all(map(len, positive)) or _apart(*positive) or _apart(*positive[::-1]):
+        return None
+    names, people = np.unique(subjects, return_inverse=True)
+    if len(names) < 3:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is asked below whether the fit converged
+        line = Logit(truth, np.column_stack([np.ones(len(x)), x]))
+        fitted = line.fit(disp=0, cov_type="cluster", cov_kwds={"groups": people})
+    ends = fitted.conf_int(alpha=1 - confidence)
+    if not fitted.mle_retvals["converged"] or not np.isfinite(ends).all():
+        return None
+    facts: dict[str, Any] = {"subjects": len(names), "confidence": confidence,
+                             "method": "logistic regression, robust by subject"}  # fmt: skip
+    slope, intercept = (
+        Estimate(estimate=float(fitted.params[i]), low=float(ends[i, 0]), high=float(ends[i, 1]), **facts)
+        for i in (1, 0)
+    )
+    return slope, intercept
+
+
+def _apart(upper: NDArray[np.float64], lower: NDArray[np.float64]) -> bool:
+    return bool(upper.min() >= lower.max())

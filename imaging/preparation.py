@@ -40,23 +40,37 @@ class Percentiles(BaseModel):
     high: float = Field(ge=0, le=100)
 
 
-Preparation = Annotated[Window | Percentiles, Field(discriminator="kind")]
+class Colour(BaseModel):
+    """8 bit red, green and blue: 0 becomes -1 and 255 becomes +1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["colour"] = "colour"
 
 
-def prepare(pixels: NDArray[np.float32], preparation: Window | Percentiles) -> NDArray[np.float32]:
-    """Scale pixels to about -1 to 1.
+Preparation = Annotated[Window | Percentiles | Colour, Field(discriminator="kind")]
+
+
+def prepare(pixels: NDArray[np.float32], preparation: Window | Percentiles | Colour) -> NDArray[np.float32]:
+    """Scale pixels to about -1 to 1, channels first.
 
     Args:
-        pixels: float32 (rows, columns), finite.
+        pixels: float32, finite: a plane (rows, columns), a colour plane (rows, columns, 3) of 0 to 255, or a
+            volume (depth, rows, columns).
         preparation: how; read from the contract wherever a model is served.
 
     Returns:
-        float32 (1, rows, columns), clipped to -1..1 (window) or -1.5..1.5 (percentiles).
+        float32 (1, rows, columns), (3, rows, columns) or (1, depth, rows, columns), clipped to -1..1 (window
+        and colour) or -1.5..1.5 (percentiles).
     """
-    if isinstance(preparation, Window):
+    if isinstance(preparation, Colour):
+        low, high, limit = 0.0, 255.0, 1.0
+        pixels = np.moveaxis(pixels, -1, 0)
+    elif isinstance(preparation, Window):
         low, high, limit = preparation.low_hu, preparation.high_hu, 1.0
     else:
         low, high = (float(v) for v in np.percentile(pixels, [preparation.low, preparation.high]))
         limit = 1.5
     scaled = (pixels - np.float32(low)) * np.float32(2 / max(high - low, 1e-6)) - np.float32(1)
-    return np.asarray(np.clip(scaled, -limit, limit)[None], dtype=np.float32)
+    clipped = np.clip(scaled, -limit, limit)
+    planes = clipped if isinstance(preparation, Colour) else clipped[None]
+    return np.ascontiguousarray(planes, dtype=np.float32)

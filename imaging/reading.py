@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ SUFFIXES = {
 
 
 def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
-    """Read one slice.
+    """Read one slice, colour photograph or volume.
 
     Args:
         body: the file.
@@ -33,13 +34,13 @@ def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
         png_offset: added to the grey values of a PNG (a CT sent as PNG stores HU + 1024).
 
     Returns:
-        The slice, rows and columns as a radiologist's screen shows them.
+        The image, rows and columns as a radiologist's screen shows them, depth from the feet up.
 
     Raises:
         WrongType: the content type, or the encoding inside the file, is not taken.
         Unreadable: the bytes are damaged or are something else.
         TooLarge: more than 4096 x 4096 pixels.
-        WrongShape: not one axial slice.
+        WrongShape: not axial, or several images.
         NotFinite: NaN or infinity.
     """
     name = content_type.split(";")[0].strip().lower()
@@ -66,9 +67,11 @@ def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
         ) from error
 
 
-def _bounded(rows: int, columns: int) -> None:
-    if rows * columns > MAX_PIXELS:
-        raise TooLarge(f"The image has {rows} x {columns} pixels.", f"Send at most {MAX_PIXELS} pixels.")
+def _bounded(*shape: int) -> None:
+    if math.prod(shape) > MAX_PIXELS:
+        raise TooLarge(
+            f"The image has {' x '.join(map(str, shape))} pixels.", f"Send at most {MAX_PIXELS} pixels."
+        )
 
 
 def _read_png(body: bytes, offset: float) -> Image:
@@ -76,9 +79,11 @@ def _read_png(body: bytes, offset: float) -> Image:
 
     with Pillow.open(io.BytesIO(body), formats=("PNG",)) as picture:
         _bounded(picture.height, picture.width)
-        if picture.mode not in ("L", "I;16", "I;16B", "I"):
-            raise WrongType(f"The PNG has mode {picture.mode}.", "Send 8 or 16 bit greyscale, no alpha.")
-        if offset and picture.mode == "L":
+        if picture.mode not in ("L", "I;16", "I;16B", "I", "RGB"):
+            raise WrongType(
+                f"The PNG has mode {picture.mode}.", "Send 8 or 16 bit greyscale, or 8 bit RGB; no alpha."
+            )
+        if offset and picture.mode in ("L", "RGB"):
             raise WrongType(
                 "An 8 bit PNG cannot hold Hounsfield units.",
                 f"Send 16 bit PNG of HU {-offset:+.0f}, or DICOM.",
@@ -95,8 +100,8 @@ def _read_npy(body: bytes) -> Image:
     shape, _, dtype = np.lib.format.read_array_header_1_0(reader)
     if dtype.hasobject or dtype.kind not in "iuf":
         raise WrongType(f"The .npy holds {dtype}.", "Send integers or floats.")
-    if len(shape) != 2:
-        raise WrongShape(f"The array has shape {shape}.", "Send one slice with two axes: rows, columns.")
+    if len(shape) not in (2, 3):
+        raise WrongShape(f"The array has shape {shape}.", "Send rows, columns[, 3], or depth, rows, columns.")
     _bounded(*shape)
     reader.seek(0)
     pixels = np.load(reader, allow_pickle=False)
@@ -117,31 +122,29 @@ def _read_nifti(body: bytes) -> Image:
     import nibabel as nib
 
     volume = nib.Nifti1Image.from_bytes(_inflate(body) if body[:2] == b"\x1f\x8b" else body)
-    shape = tuple(n for n in volume.shape if n != 1) or (1,)
-    if volume.ndim > 3 or volume.ndim < 2 or (volume.ndim == 3 and volume.shape[2] != 1):
-        raise WrongShape(f"The NIfTI has shape {volume.shape}.", "Send one axial slice (i, j) or (i, j, 1).")
-    _bounded(*(*shape, 1, 1)[:2])
+    if volume.ndim not in (2, 3):
+        raise WrongShape(f"The NIfTI has shape {volume.shape}.", "Send (i, j), (i, j, 1) or (i, j, k).")
+    _bounded(*volume.shape)
     if volume.get_data_dtype().kind not in "iuf":
         raise WrongType(f"The NIfTI holds {volume.get_data_dtype()}.", "Send integers or floats.")
     flips, spacing = _axial(np.asarray(volume.affine))
-    pixels = np.asarray(volume.dataobj, dtype=np.float32).reshape(volume.shape[:2])
-    across = pixels if flips[0] else pixels[::-1]
-    down = across if flips[1] else across[:, ::-1]
-    return Image(np.ascontiguousarray(down.T), spacing_mm=spacing)
+    pixels = np.asarray(volume.dataobj, dtype=np.float32).reshape((*volume.shape, 1)[:3])
+    turned = np.flip(pixels, tuple(axis for axis in range(3) if flips[axis])).T
+    return Image(np.ascontiguousarray(turned if len(turned) > 1 else turned[0]), spacing_mm=spacing)
 
 
-def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool], tuple[float, float]]:
-    """Whether i runs to the left and j to posterior already, and (row, column) spacing in mm."""
+def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool, bool], tuple[float, float]]:
+    """Whether i, j, k must be turned to run left, to posterior and up, and (row, column) spacing in mm."""
     import nibabel as nib
 
     codes = nib.aff2axcodes(affine)
     if codes[0] not in ("L", "R") or codes[1] not in ("A", "P"):
         raise WrongShape(
             f"The NIfTI axes run to {''.join(str(c) for c in codes)}.",
-            "Send an axial slice: i left-right, j front-back.",
+            "Send axial slices: i left-right, j front-back.",
         )
     sizes = np.linalg.norm(affine[:3, :2], axis=0)
-    return (codes[0] == "L", codes[1] == "P"), (float(sizes[1]), float(sizes[0]))
+    return (codes[0] == "R", codes[1] == "A", codes[2] == "I"), (float(sizes[1]), float(sizes[0]))
 
 
 def _read_dicom(body: bytes) -> Image:

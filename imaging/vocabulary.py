@@ -8,6 +8,9 @@ class Modality(StrEnum):
 
     MR = "MR"
     CT = "CT"
+    FUNDUS = "OP"
+    SLIDE = "SM"
+    OTHER = "OT"
 
 
 class Kind(StrEnum):
@@ -15,6 +18,31 @@ class Kind(StrEnum):
 
     CLASSIFICATION = "classification"
     SEGMENTATION = "segmentation"
+    DETECTION = "detection"
+
+
+class Corruption(StrEnum):
+    """Families of what can go wrong with an image between patient and network."""
+
+    NOISE = "noise"
+    BLUR = "blur"
+    GAIN = "gain"
+    OFFSET = "offset"
+    CONTRAST = "contrast"
+    COLOUR = "colour"
+    RESOLUTION = "resolution"
+    COMPRESSION = "compression"
+    BIAS = "bias"
+    RINGING = "ringing"
+    MOTION = "motion"
+    OCCLUSION = "occlusion"
+
+
+class Severity(StrEnum):
+    """What a failed expectation does: stop the stage, or be counted."""
+
+    CRITICAL = "critical"
+    WARNING = "warning"
 
 
 class Split(StrEnum):
@@ -38,6 +66,7 @@ class Sex(StrEnum):
 
     FEMALE = "F"
     MALE = "M"
+    UNKNOWN = "unknown"
 
 
 class AgeBand(StrEnum):
@@ -47,6 +76,8 @@ class AgeBand(StrEnum):
     UNDER_60 = "40-59"
     UNDER_75 = "60-74"
     OVER_75 = "75+"
+    UNDER_18 = "0-17"
+    UNKNOWN = "unknown"
 
 
 class Slot(StrEnum):

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.config import ReferenceSection
+from imaging.recipe import ReferenceSection
 from monitoring.drift import SMALLEST_REFERENCE
 from monitoring.reference import name_columns, read_reference
-from registry.contract import read_contract
-from registry.package import digest_package
+from registry.package import digest_package, read_contract
 
 METHOD = (
     "Each repeat draws a reference of its size and a window of its size, with replacement, from the site's "
@@ -35,7 +34,7 @@ def calibrate_alarms(section: ReferenceSection, package: Path) -> dict[str, Any]
     import pandas as pd
 
     contract = read_contract(package)
-    columns = name_columns(contract.kind, contract.classes)
+    columns = name_columns(contract)
     names = sorted(pd.read_parquet(package / "reference.parquet", columns=["site"])["site"].unique())
     sites = {}
     for number, site in enumerate(names):

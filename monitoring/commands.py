@@ -10,7 +10,7 @@ from dataclasses import asdict
 import click
 
 from imaging.config import read_params, read_places
-from imaging.tables import print_table
+from imaging.terminal import print_table
 from monitoring.journal import VerdictRow, open_journal
 
 TASK = click.option("--task", default=None, help="Only this task of params.yaml.")
@@ -44,7 +44,7 @@ def reference(task: str) -> None:
 @AS_JSON
 def check(task: str | None, site: str | None, as_json: bool) -> None:
     """Compare every site that has new answers with its reference, once, now."""
-    from monitoring.watch import Monitor
+    from monitoring.drift import Monitor
 
     places = read_places()
     params = read_params(places)
@@ -56,7 +56,7 @@ def check(task: str | None, site: str | None, as_json: bool) -> None:
 @monitoring.command()
 def watch() -> None:
     """Go on comparing until stopped."""
-    from monitoring.watch import Monitor
+    from monitoring.drift import Monitor
 
     places = read_places()
     Monitor(places, read_params(places)).watch()

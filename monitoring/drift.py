@@ -1,17 +1,28 @@
-"""Whether a site's window differs from its reference: Evidently's tests at a corrected level."""
+"""Whether a site's window differs from its reference, by Evidently's tests, and the monitor that asks."""
 
 from __future__ import annotations
 
 import html
+import logging
 import os
 import re
+import signal
+import threading
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imaging.config import Params, Places
+from imaging.errors import FormularyError
+from imaging.recipe import TaskSection
 from imaging.vocabulary import Drift
+from monitoring.journal import Journal, VerdictRow, open_journal
+from monitoring.reference import name_columns, read_reference
+from registry.ledger import Ledger, open_ledger
+from registry.package import read_contract, shelf
 
 SMALLEST_REFERENCE = 20
 SILENT = {"DO_NOT_TRACK": "1"}
@@ -141,3 +152,87 @@ def _keep(snapshot: Any, how: Comparison, var: Path) -> None:
     found = workspace.search_project(how.task)
     project = found[0] if found else workspace.create_project(how.task, f"Research use only. {how.simulated}")
     workspace.add_run(project.id, snapshot, include_data=False, name=f"{how.site} v{how.version}")
+
+
+LOG = logging.getLogger(__name__)
+PAUSE_S = 2.0
+
+
+class Monitor:
+    """Compares live windows with references and writes verdicts.
+
+    Args:
+        places: where the ledger, the journal and the packages lie.
+        params: the tasks and how strictly each is watched.
+    """
+
+    def __init__(self, places: Places, params: Params) -> None:
+        self._places, self._params = places, params
+        self.journal: Journal = open_journal(places.var)
+        self._ledger: Ledger = open_ledger(places.var)
+
+    def look(self, tasks: tuple[str, ...] = (), sites: tuple[str, ...] = ()) -> list[VerdictRow]:
+        """Compare every site that has new rows, once.
+
+        Args:
+            tasks: only these; empty means all.
+            sites: only these; empty means all.
+
+        Returns:
+            The verdicts that were written.
+        """
+        newest = {(row.task, row.site): row for row in self.journal.newest_verdicts()}
+        written = []
+        for task, section in self._params.tasks.items():
+            champions = self._ledger.champions(task) if task in (tasks or (task,)) else {}
+            for site in sorted(set(champions) & set(sites or champions)):
+                told, last = self.journal.newest(task, site, 1), newest.get((task, site))
+                if told and (last is None or last.last_seq < told[0]["seq"]):
+                    written.append(self._judge((task, section), site, told[0]))
+        return written
+
+    def _judge(self, task: tuple[str, TaskSection], site: str, told: dict[str, Any]) -> VerdictRow:
+        """Judge the version that gave the newest answer: the champion, or what stays while it is refused."""
+        import pandas as pd
+
+        name, section = task
+        package = shelf(self._places.var, told["package"])
+        contract = read_contract(package)
+        columns = name_columns(contract)
+        how = Comparison(
+            task=name, site=site, version=told["version"], columns=columns, alpha=section.reference.alpha,
+            window=section.reference.window, simulated=contract.simulated,
+        )  # fmt: skip
+        rows = self.journal.read_window(name, site, how.version, how.window)
+        reference = read_reference(package, site, columns)
+        verdict = compare(reference, pd.DataFrame(rows, columns=["seq", *columns]), how, self._places.var)
+        kept = VerdictRow(
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"), task=name, site=site,
+            version=how.version, last_seq=told["seq"], subjects=len(rows), verdict=verdict.verdict,
+            detail=verdict.detail, level=how.level, columns=verdict.columns, report=verdict.report,
+        )  # fmt: skip
+        self.journal.write_verdict(kept)
+        LOG.info("%s at %s: %s (%s)", name, site, kept.verdict, kept.detail)
+        return kept
+
+    def watch(self) -> None:
+        """Look until SIGTERM or SIGINT; what goes wrong is logged and tried again."""
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        _import_early()
+        LOG.info("watching %d tasks", len(self._params.tasks))
+        while not stopped.wait(PAUSE_S):
+            try:
+                self.look()
+            except FormularyError as error:
+                LOG.warning("%s", error)
+            except Exception:  # a locked database or a fault of a library must not end the watching
+                LOG.exception("the journal could not be compared")
+
+
+def _import_early() -> Any:
+    """Evidently takes seconds to import: do it before the first rows come."""
+    import evidently
+
+    return evidently

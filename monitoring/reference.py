@@ -9,38 +9,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.errors import DataError
-from imaging.statistics import STATISTICS
+from imaging.image import COLOURS, STATISTICS
 from imaging.vocabulary import Kind
+from registry.package import Contract
 
 FACTS = ("sha256", "subject", "site", "split")
 
 
-def name_columns(kind: Kind, classes: tuple[str, ...]) -> tuple[str, ...]:
+def name_columns(contract: Contract) -> tuple[str, ...]:
     """Every column that is compared: statistics of the image, then scores of the answer."""
-    if kind is Kind.CLASSIFICATION:
-        return (*STATISTICS, "probability", "uncertainty")
-    return (*STATISTICS, *(f"share_{name.replace(' ', '_')}" for name in classes[1:]), "uncertainty")
+    seen = (*STATISTICS, *(COLOURS if contract.channels == 3 else ()))
+    if contract.kind is not Kind.SEGMENTATION:
+        return (*seen, "probability", "uncertainty")
+    return (*seen, *(f"share_{name.replace(' ', '_')}" for name in contract.classes[1:]), "uncertainty")
 
 
-def summarise(kind: Kind, classes: tuple[str, ...], probabilities: NDArray[np.float32]) -> dict[str, float]:
+def summarise(contract: Contract, probabilities: NDArray[np.float32]) -> dict[str, float]:
     """The scores of one answer as a few numbers.
 
     Args:
-        kind: of the task.
-        classes: names of the labels.
-        probabilities: float32 (classes,) or (classes, rows, columns).
+        contract: of the package that answered.
+        probabilities: float32 (classes[[, depth], rows, columns]); of a detector (1, rows / 4, columns / 4).
 
     Returns:
-        Classification: probability of the positive class. Segmentation: share of the image's area that each
-        class but the first gets. Both: uncertainty, the mean entropy in nats.
+        Classification and detection: probability, that the image is positive. Segmentation: share of the
+        image that each class but the first gets. All: uncertainty, the mean entropy in nats.
     """
+    if contract.kind is Kind.DETECTION:
+        probabilities = np.concatenate([1 - probabilities, probabilities])
     entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-12))).sum(axis=0).mean())
-    if kind is Kind.CLASSIFICATION:
-        return {"probability": float(probabilities[1]), "uncertainty": entropy}
+    if contract.kind is not Kind.SEGMENTATION:
+        score = contract.score(probabilities[None, -1:] if probabilities.ndim > 1 else probabilities[None])
+        return {"probability": float(score[0]), "uncertainty": entropy}
     labels = probabilities.argmax(axis=0)
     shares = {
         f"share_{name.replace(' ', '_')}": float((labels == label).mean())
-        for label, name in enumerate(classes)
+        for label, name in enumerate(contract.classes)
         if label
     }
     return {**shares, "uncertainty": entropy}

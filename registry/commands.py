@@ -11,7 +11,7 @@ import click
 
 from imaging.config import Places, read_params, read_places, read_sites
 from imaging.errors import FormularyError
-from imaging.tables import print_table
+from imaging.terminal import print_table
 from registry.events import Event
 from registry.ledger import Ledger, open_ledger
 from registry.package import shelf
@@ -159,7 +159,7 @@ def policy() -> None:
 @AS_JSON
 def check_policy(task: str, as_json: bool) -> None:
     """Read the policy of TASK and say it in plain sentences."""
-    from registry.policy import explain_policy, read_policy
+    from registry.gates import explain_policy, read_policy
 
     found = read_policy(task)
     if as_json:
@@ -179,8 +179,7 @@ def promote(task: str, version: int, dry_run: bool, identity: str | None, as_jso
     """Ask for VERSION of TASK: the gate judges it, site by site. A second person approves."""
     from registry.access import act
     from registry.evidence import verify_package
-    from registry.gates import judge
-    from registry.policy import digest_policy, read_policy
+    from registry.gates import digest_policy, judge, read_policy
     from registry.promotion import request
 
     places, ledger = _open()

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.errors import ConfigError, TrustError
-from registry.contract import Contract
-from registry.package import read_golden
+from imaging.vocabulary import Kind
+from registry.package import Contract, read_golden
 
 OUTPUTS = ("logits", "heat", "embedding")
+STRIDE = 4  # pixels between the places where a detector looks for a centre
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Answers:
     """What a network says of a batch of n images.
 
     Attributes:
-        logits: float32 (n, classes) or (n, classes, rows, columns).
-        heat: float32 (n, rows, columns): where it looked, or where it is unsure.
+        logits: float32 (n, classes) or (n, classes[, depth], rows, columns); see `Contract.probabilities`.
+        heat: float32 (n[, depth], rows, columns): where it looked, or where it is unsure.
         embedding: float32 (n, features).
     """
 
@@ -41,7 +42,7 @@ class Engine(Protocol):
     name: str
 
     def run(self, batch: NDArray[np.float32]) -> Answers:
-        """Answer a batch, float32 (n, 1, rows, columns), n at least 1."""
+        """Answer a batch, float32 (n, channels[, depth], rows, columns), n at least 1."""
         ...
 
 
@@ -144,10 +145,12 @@ def check_answers(answers: Answers, contract: Contract, count: int) -> None:
     Raises:
         TrustError: other shapes than promised, or numbers that are not finite.
     """
-    spatial = (contract.rows, contract.columns)
-    dense = (count, len(contract.classes), *spatial)
-    shape = dense if contract.kind == "segmentation" else dense[:2]
-    if answers.logits.shape != shape or answers.heat.shape != (count, *spatial):
+    shape: tuple[int, ...] = (count, len(contract.classes))
+    if contract.kind is Kind.SEGMENTATION:
+        shape = (*shape, *contract.spatial)
+    elif contract.kind is Kind.DETECTION:
+        shape = (count, 3, contract.rows // STRIDE, contract.columns // STRIDE)
+    if answers.logits.shape != shape or answers.heat.shape != (count, *contract.spatial):
         raise TrustError(
             f"The engine answered with shape {answers.logits.shape}.", "Qualify the version again."
         )

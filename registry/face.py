@@ -30,7 +30,8 @@ class Face(mlflow.pyfunc.PythonModel):
         sys.modules[spec.name] = module  # pydantic looks there for the names in annotations
         spec.loader.exec_module(module)
         how = self._contract["preparation"]
-        made = module.Window(**how) if how["kind"] == "window" else module.Percentiles(**how)
+        kinds = {"window": module.Window, "percentiles": module.Percentiles, "colour": module.Colour}
+        made = kinds[how["kind"]](**how)
         self._prepare: Any = lambda pixels: module.prepare(pixels, made)
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.Core().compile_model(context.artifacts["model"], "CPU", settings)
@@ -41,16 +42,20 @@ class Face(mlflow.pyfunc.PythonModel):
 
         Args:
             context: MLflow's; not used.
-            model_input: float (n, rows, columns), CT in HU, MR in any unit; as the contract says.
+            model_input: float (n[, depth], rows, columns[, 3]), CT in HU, MR in any unit, colours 0 to 255,
+                as the contract says.
             params: not used.
 
         Returns:
-            float32 (n, classes) or (n, classes, rows, columns), calibrated; research use only.
+            float32 (n, classes) or (n, classes[, depth], rows, columns), calibrated; of a detector (n, 1,
+            rows / 4, columns / 4): that a lesion has its centre there. Research use only.
         """
         images = np.asarray(model_input, dtype=np.float32)
-        expected = (self._contract["rows"], self._contract["columns"])
-        if images.ndim != 3 or images.shape[1:] != expected or not np.isfinite(images).all():
-            raise ValueError(f"expected finite images of shape (n, {expected[0]}, {expected[1]})")
+        told = self._contract
+        depth, colours = [told["depth"]] * bool(told["depth"]), [3] * (told["channels"] == 3)
+        expected = (*depth, told["rows"], told["columns"], *colours)
+        if images.shape[1:] != expected or not np.isfinite(images).all():
+            raise ValueError(f"expected finite images of shape (n, *{expected})")
         step = int(self._contract["max_batch"])
         parts = [self._answer(images[start : start + step]) for start in range(0, len(images), step)]
         return np.concatenate(parts)
@@ -58,6 +63,8 @@ class Face(mlflow.pyfunc.PythonModel):
     def _answer(self, images: np.ndarray) -> np.ndarray:
         self._request.infer({"image": np.stack([self._prepare(image) for image in images])})
         logits = np.array(self._request.get_tensor("logits").data) / np.float32(self._contract["temperature"])
+        if self._contract["kind"] == "detection":
+            return np.asarray(1 / (1 + np.exp(-logits[:, :1])), dtype=np.float32)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float32)
 

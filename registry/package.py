@@ -1,4 +1,4 @@
-"""The folder that is a model version. Its digest covers exactly the named files; one more is refused."""
+"""The folder that is a model version, and the contract in it: what the model promises of itself."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
-from imaging.errors import TrustError
+from imaging.config import explain
+from imaging.errors import TrustError, WrongModality, WrongShape
+from imaging.image import Image
 from imaging.manifest import digest_file
+from imaging.preparation import Preparation
+from imaging.recipe import Section
+from imaging.vocabulary import Kind, Modality
 
 FILES = (
     "contract.json",
@@ -115,3 +122,143 @@ def shelve(source: Path, var: Path) -> Path:
     shutil.copytree(source, draft)
     draft.rename(target)
     return target
+
+
+class Contract(Section):
+    """The promise that travels inside the package and is covered by its digest.
+
+    Attributes:
+        classes: names of the labels 0, 1, ...
+        positive: the classes that count as positive at the operating point.
+        channels: 1 (grey) or 3 (red, green, blue).
+        depth: slices of every volume, exactly; 0 for a plane.
+        rows: of every image, exactly.
+        columns: of every image, exactly.
+        png_offset: added to grey values of a PNG; a CT sent as PNG stores HU + 1024.
+        max_batch: most images in one call of an engine.
+        temperature: divides logits before the softmax; frozen on internal validation.
+        threshold: probability from which a classification is positive; frozen on internal validation.
+        tolerance: engine/precision -> largest difference of a probability from the reference engine.
+        simulated: what of the training data is not real, in plain words.
+        limits: what the data could not show, in sentences that every report repeats.
+        lineage: digests of what the package was made from.
+    """
+
+    task: str
+    title: str
+    kind: Kind
+    modality: Modality
+    classes: tuple[str, ...]
+    positive: tuple[str, ...]
+    channels: Literal[1, 3]
+    depth: int = Field(ge=0, le=512)
+    rows: int = Field(ge=8, le=4096)
+    columns: int = Field(ge=8, le=4096)
+    spacing_low_mm: float
+    spacing_high_mm: float
+    png_offset: float
+    max_batch: int
+    preparation: Preparation
+    temperature: float = Field(gt=0)
+    threshold: float = Field(ge=0, le=1)
+    tolerance: dict[str, float]
+    intended_use: str
+    simulated: str
+    limits: tuple[str, ...]
+    lineage: dict[str, str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a prepared image: (channels, rows, columns) or (1, depth, rows, columns)."""
+        return (self.channels, *self.spatial)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """(rows, columns) or (depth, rows, columns): of a mask and of a heat map."""
+        return (self.depth, self.rows, self.columns) if self.depth else (self.rows, self.columns)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of an image as it is sent: colours come last."""
+        return (*self.spatial, 3) if self.channels == 3 else self.spatial
+
+    @property
+    def positive_labels(self) -> tuple[int, ...]:
+        """Numbers of the positive classes."""
+        return tuple(label for label, name in enumerate(self.classes) if name in self.positive)
+
+    def check(self, image: Image) -> None:
+        """Refuse an image that the model was not made for.
+
+        Raises:
+            WrongModality: the file says another modality.
+            WrongShape: other rows or columns, or a spacing outside the range.
+        """
+        if image.modality not in (None, self.modality):
+            raise WrongModality(
+                f"The file says Modality={str(image.modality)[:16]}.",
+                f"{self.task} reads {self.modality}: send such an image, or ask another task.",
+            )
+        if image.pixels.shape != self.stored_shape:
+            raise WrongShape(
+                f"The image has shape {image.pixels.shape}.",
+                f"{self.task} reads {self._in_words()} at "
+                f"{self.spacing_low_mm:g} to {self.spacing_high_mm:g} mm: resample or crop first.",
+            )
+        low, high = self.spacing_low_mm, self.spacing_high_mm
+        if image.spacing_mm and not all(low <= spacing <= high for spacing in image.spacing_mm):
+            raise WrongShape(
+                f"The pixels are {image.spacing_mm[0]:.3g} x {image.spacing_mm[1]:.3g} mm.",
+                f"{self.task} reads {low:g} to {high:g} mm: resample first.",
+            )
+
+    def _in_words(self) -> str:
+        kind = "colour pixels" if self.channels == 3 else "grey pixels"
+        return f"{' x '.join(map(str, self.spatial))} {kind}"
+
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Calibrated probabilities.
+
+        Args:
+            logits: float32 (images, classes[[, depth], rows, columns]); of a detector (images, 3, rows / 4,
+                columns / 4).
+
+        Returns:
+            Same shape, sums to 1 over classes; of a detector (images, 1, rows / 4, columns / 4): that a
+            lesion has its centre there.
+        """
+        scaled = logits / np.float32(self.temperature)
+        if self.kind is Kind.DETECTION:
+            return np.asarray(1 / (1 + np.exp(-scaled[:, :1])), dtype=np.float32)
+        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float32)
+
+    def score(self, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is held against the threshold: (images,), 0 to 1.
+
+        Args:
+            probabilities: of a classification or a detection, as `probabilities` returns them.
+        """
+        if self.kind is Kind.DETECTION:
+            return np.asarray(probabilities.max(axis=(1, 2, 3)))
+        return np.asarray(probabilities[:, list(self.positive_labels)].sum(axis=1))
+
+
+def write_contract(contract: Contract, folder: Path) -> None:
+    """Write contract.json, keys in a fixed order."""
+    (folder / "contract.json").write_text(contract.model_dump_json(indent=1) + "\n")
+
+
+def read_contract(folder: Path) -> Contract:
+    """Read contract.json of a package.
+
+    Raises:
+        TrustError: it is missing or not a contract.
+    """
+    path = folder / "contract.json"
+    try:
+        return Contract.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise TrustError(f"There is no contract at {path}.", "Build the package again.") from error
+    except ValidationError as error:
+        raise TrustError(f"contract.json: {explain(error, Contract)}.", "Build the package again.") from error

@@ -11,12 +11,16 @@ from imaging.config import Places, Sites
 from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError, TrustError
 from imaging.vocabulary import Decision, Slot, Statement
 from registry.events import NETWORK, Event
-from registry.evidence import Evidence, digest_statements, sign_statements, verify_package
-from registry.gates import Verdict, judge
+from registry.evidence import (
+    Evidence,
+    describe_provenance,
+    digest_statements,
+    sign_statements,
+    verify_package,
+)
+from registry.gates import Policy, Verdict, judge
 from registry.ledger import Ledger
 from registry.package import digest_package, shelf, shelve
-from registry.policy import Policy
-from registry.provenance import describe_provenance
 from registry.signing import Signer
 
 STAGES = {

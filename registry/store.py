@@ -13,11 +13,10 @@ from typing import Any
 
 from imaging.errors import RegistryError
 from imaging.vocabulary import Statement
-from registry.contract import read_contract
 from registry.events import NETWORK
 from registry.evidence import Evidence, verify_package
 from registry.ledger import Ledger
-from registry.package import shelf, statements_folder
+from registry.package import read_contract, shelf, statements_folder
 
 DIGEST = "package_digest"
 SILENT = {
@@ -52,8 +51,11 @@ def open_store(var: Path) -> Any:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     (var / "mlflow").mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(tracking_uri(var))
-    mlflow.set_registry_uri(tracking_uri(var))
+    given, place = "MLFLOW_TRACKING_URI" in os.environ, tracking_uri(var)
+    mlflow.set_tracking_uri(place)
+    mlflow.set_registry_uri(place)
+    if not given:  # MLflow says it to every child process; another var has another database
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     client = mlflow.MlflowClient()
     try:
         client.search_registered_models(max_results=1)
@@ -191,7 +193,7 @@ def _log_model(package: Path) -> Any:
     from mlflow.types import Schema, TensorSpec
 
     contract = read_contract(package)
-    shape = (-1, contract.rows, contract.columns)
+    shape = (-1, *contract.stored_shape)
     signature = ModelSignature(inputs=Schema([TensorSpec(np.dtype("float32"), shape)]))
     here = Path(__file__).parent
     files = {"model": package / "model.onnx", "contract": package / "contract.json",

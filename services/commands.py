@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from imaging.config import read_params, read_places, read_sites
-from imaging.tables import print_table
+from imaging.terminal import print_table
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -99,7 +99,7 @@ def predict(
         return
     click.echo(f"{task} v{told['version']} by {told['engine']} ({told['notice']})")
     for name, value in told.items():
-        if name in ("probabilities", "positive", "area_px", "area_mm2", "uncertainty"):
+        if name in ("probabilities", "lesions", "positive", "area_px", "area_mm2", "uncertainty"):
             click.echo(f"  {name.replace('_', ' ')}: {value}")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,26 +97,36 @@ class Demo:
         return done.stdout
 
     def _repro(self) -> None:
+        """Run the pipeline, a task a core at a time: every stage but the first uses `fit.threads` threads."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        log = self._places.var / "log" / "repro.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        stages = [f"{stage}@{task}" for task in self._tasks for stage in _stage_names(self._places)]
+        (self._places.var / "log").mkdir(parents=True, exist_ok=True)
+        names = _stage_names(self._places)
+        threads = max(self._params.task(task).fit.threads for task in self._tasks)
+        lanes = max(1, min(len(self._tasks), (os.cpu_count() or 1) // threads))
         columns = (TextColumn("  {task.description:<28}"), BarColumn(), TimeElapsedColumn())
-        with log.open("w", buffering=1) as kept, Progress(*columns, console=self._console) as progress:
-            bar = progress.add_task("dvc repro", total=len(stages))
-            child = subprocess.Popen(
-                ["dvc", "repro", *stages], cwd=self._places.root, env=stack_environment({}), text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        with Progress(*columns, console=self._console) as progress, ThreadPoolExecutor(lanes) as pool:
+            bars = {task: progress.add_task(task, total=len(names)) for task in self._tasks}
+
+            def show(task: str, stage: str) -> None:
+                progress.update(bars[task], advance=1, description=stage)
+                self._say_stage(stage)
+
+            list(pool.map(lambda task: self._repro_task(task, names, show), self._tasks))
+
+    def _repro_task(self, task: str, names: list[str], show: Callable[[str, str], None]) -> None:
+        log = self._places.var / "log" / f"repro-{task}.log"
+        command = ["dvc", "--wait-for-lock", "repro", *(f"{name}@{task}" for name in names)]
+        with log.open("w", buffering=1) as kept, subprocess.Popen(
+            command, cwd=self._places.root, env=stack_environment({}), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as child:  # fmt: skip
             for line in child.stdout or ():
                 kept.write(line)
                 if line.startswith(("Running stage", "Stage '")):
-                    progress.update(bar, advance=1, description=line.split("'")[1])
-                    self._say_stage(line.split("'")[1])
-            if child.wait():
-                raise DataError(f"dvc repro failed with code {child.returncode}.", f"Read {log}")
-            progress.update(bar, completed=len(stages), description="dvc repro")
+                    show(task, line.split("'")[1])
+        if child.returncode:
+            raise DataError(f"dvc repro of {task} failed with code {child.returncode}.", f"Read {log}")
 
     def _say_stage(self, name: str) -> None:
         """Where no terminal shows the bar, a line says what is being done."""
@@ -148,7 +161,7 @@ class Demo:
 
     def _make_traffic(self, task: str) -> Path:
         section = self._params.task(task).cohort
-        name = f"{section.builder}-{section.seed}-{self._subjects}"
+        name = f"{Path(section.source).stem}-{section.seed}-{self._subjects}"
         folder = self._places.var / "demo" / "traffic" / name
         if not (folder / "traffic.parquet").exists():
             change = str(self._subjects * CHANGE_AT // SUBJECTS)
@@ -240,6 +253,7 @@ class Demo:
         verdicts = {site: facts["verdicts"].get((task, site)) for site in self._sites.sites}
         every = Answered([spent for site in got.values() for spent in site.latencies_ms])
         return {
+            "task": task,
             "version": gate["version"],
             "verdict": {"passed": any(found["passed"] for found in gate["sites"].values()),
                         "reasons": _reasons(gate)},
@@ -270,4 +284,5 @@ def _reasons(gate: dict[str, Any]) -> list[str]:
 def _stage_names(places: Places) -> list[str]:
     import yaml
 
-    return list(yaml.safe_load((places.root / "dvc.yaml").read_text())["stages"])
+    stages = yaml.safe_load((places.root / "dvc.yaml").read_text())["stages"]
+    return [name for name, stage in stages.items() if "foreach" in stage]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imaging.config import Places
+from registry.gates import read_policy
 
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 
@@ -20,9 +21,8 @@ def interval(score: list[float] | None) -> str:
 
 
 def headline(told: dict[str, Any]) -> list[str]:
-    """The metrics worth a column: those of the first site; `dice` is left out where its parts stand."""
-    names = list(next(iter(told["sites"].values())))
-    return [name for name in names if name not in ("dice", "dice_csf")][:3]
+    """The metrics worth a column: those that the policy bounds."""
+    return list(read_policy(told["task"]).network.low)
 
 
 def write_pages(places: Places, told: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from imaging.config import read_places
-from imaging.logs import configure_logs
+from imaging.terminal import configure_logs
 from services.routes import Routes
 from services.slots import Slots
 

@@ -9,6 +9,7 @@ from typing import Any
 from imaging.config import Places
 from imaging.errors import NotApproved, Unreadable, WrongType
 from imaging.reading import SUFFIXES
+from imaging.vocabulary import Statement
 from registry.events import NETWORK
 from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
@@ -47,8 +48,10 @@ def predict_file(
     ledger = open_ledger(places.var)
     number, digest = _choose(ledger, task, site, version)
     folder = shelf(places.var, digest)
-    verify_package(folder, ledger)
-    served = load_package(folder, number, digest, os.environ.get("FORMULARY_ENGINE", "openvino/f32"))
+    evidence = verify_package(folder, ledger)
+    engine = os.environ.get("FORMULARY_ENGINE", "openvino/f32")
+    told = evidence.statements.get(Statement.EVALUATION, {})
+    served = load_package(folder, (number, digest), engine, told)
     try:
         taken = take(body, content_type, served.contract)
         answers = served.batches.submit(taken.prepared).result()

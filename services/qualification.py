@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import shutil
 import tempfile
@@ -13,15 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.config import Places, QualifySection, TaskSection, read_sites
+from imaging.config import Places, read_sites
 from imaging.errors import FormularyError, TrustError
 from imaging.manifest import Pixels, read_manifest
 from imaging.preparation import prepare
-from imaging.vocabulary import ContentType, Kind, Split
-from registry.contract import Contract, read_contract
+from imaging.reading import decode
+from imaging.recipe import QualifySection, TaskSection
+from imaging.vocabulary import Kind, Split
 from registry.engines import check_answers, measure_parity, open_engine
-from registry.package import digest_package, read_golden
-from services.encoding import encode
+from registry.package import Contract, digest_package, read_contract, read_golden
+from services.findings import encode, lossless_types
 from services.routes import Routes
 from services.slots import Served, Slots, load_package
 
@@ -85,7 +87,7 @@ def _check_engine(
     kind, _, precision = name.partition("/")
     engine = open_engine(package, kind, precision)
     worst = max(measure_parity(engine, package, contract, size) for size in sizes)
-    shape = (1, contract.rows, contract.columns)
+    shape = contract.shape
     for edge in (np.zeros(shape), np.full(shape, 1.5), np.full(shape, -1.5)):
         check_answers(engine.run(np.stack([edge, edge]).astype(np.float32)), contract, 2)
     tolerance = contract.tolerance.get(name, 0.0)
@@ -115,7 +117,7 @@ async def check_route(places: Places, task: str, engine: str) -> dict[str, Any]:
 
     scratch = Path(tempfile.mkdtemp(prefix="qualify-"))
     site = read_sites(places).names()[0]
-    served = load_package(places.stage(task, "package"), 0, "sha256:" + "0" * 64, engine)
+    served = load_package(places.stage(task, "package"), (0, "sha256:" + "0" * 64), engine, {})
     try:
         slots = FixedSlots(Places(root=places.root, build=places.build, var=scratch), {(task, site): served})
         application = Routes(Places(root=places.root, build=places.build, var=scratch), slots).build()
@@ -126,7 +128,8 @@ async def check_route(places: Places, task: str, engine: str) -> dict[str, Any]:
     finally:
         served.batches.close()
         shutil.rmtree(scratch)
-    return {"cases": CASES, "content_types": [str(kind) for kind in ContentType], "equal": True}
+    kinds = [str(kind) for kind in lossless_types(np.empty(served.contract.stored_shape, np.uint8))]
+    return {"cases": CASES, "content_types": kinds, "equal": True}
 
 
 class FixedSlots(Slots):
@@ -150,30 +153,31 @@ async def _check_case(client: Any, served: Served, case: tuple[NDArray[Any], flo
     contract = served.contract
     direct = served.batches.submit(prepare(pixels.astype(np.float32), contract.preparation)).result()
     expected = contract.probabilities(direct.logits)[0]
-    for kind in ContentType:
+    for kind in lossless_types(pixels):
         body = encode(pixels, kind, spacing, contract.modality, contract.png_offset)
         headers = {"Content-Type": kind, "X-Site": site}
         answer = await client.post(f"/v1/models/{contract.task}/predict", content=body, headers=headers)
         if answer.status_code != 200 or not _same(answer.json(), expected, contract):
             raise TrustError(
                 f"{kind} is answered otherwise than the engine does ({answer.status_code}).",
-                "Compare imaging/reading.py and services/encoding.py.",
+                "Compare imaging/reading.py and services/findings.py.",
             )
 
 
 def _same(told: dict[str, Any], expected: NDArray[np.float32], contract: Contract) -> bool:
+    if contract.kind is Kind.DETECTION:
+        score = float(contract.score(expected[None])[0])
+        return bool(np.isclose(told["probability"], score, atol=1e-5))
     if contract.kind is Kind.CLASSIFICATION:
         said = [told["probabilities"][name] for name in contract.classes]
         return bool(np.allclose(said, expected, atol=1e-5))
     labels = expected.argmax(axis=0)
     counts = {name: int((labels == label).sum()) for label, name in enumerate(contract.classes) if label}
-    return bool(told["area_px"] == counts and np.array_equal(_read_mask(told["mask"]["data"]), labels))
+    mask = _read_mask(told["mask"]).reshape(labels.shape)
+    return bool(told["area_px"] == counts and np.array_equal(mask, labels))
 
 
-def _read_mask(data: str) -> NDArray[np.uint8]:
-    import base64
-    import io
-
-    from PIL import Image as Pillow
-
-    return np.asarray(Pillow.open(io.BytesIO(base64.b64decode(data))))
+def _read_mask(mask: dict[str, Any]) -> NDArray[Any]:
+    body = base64.b64decode(mask["data"])
+    kind = str(mask["encoding"]).removesuffix(";base64")
+    return decode(body, kind).pixels.astype(int)

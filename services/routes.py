@@ -26,10 +26,10 @@ from imaging.reading import decode
 from imaging.vocabulary import ContentType, Modality
 from monitoring import telemetry
 from monitoring.journal import Prediction, commit_in_groups, open_journal, pseudonym
+from registry.engines import Answers
 from services import guard
-from services.encoding import encode
-from services.findings import NOTICE, Taken, find, take
-from services.problems import answer_http, answer_problem, answer_unexpected, name_problem, request_id
+from services.findings import NOTICE, Taken, draw_heat, encode, find, take
+from services.guard import answer_http, answer_problem, answer_unexpected, name_problem, request_id
 from services.schemas import describe_api
 from services.slots import Served, Slots
 
@@ -102,7 +102,7 @@ class Routes:
         if self._draining:
             raise NotReady("The service is stopping.", "Ask again in a few seconds.")
         served = self._slots.find(task, site)
-        content_type = guard.read_content_type(request)
+        content_type, wants_heat = guard.read_content_type(request), guard.read_flag(request, "heat")
         watch = Stopwatch()
         body = await guard.read_body(request)
         watch.stop("read")
@@ -117,7 +117,15 @@ class Routes:
         row.stages_ms.update(watch.stages_ms)
         await asyncio.wrap_future(self._commits.submit(row))
         watch.stop("journal")
-        return _answer(request, row, found.answer, watch)
+        heat = await self._heat(served, answers) if wants_heat else {}
+        return _answer(request, row, {**found.answer, **heat}, watch)
+
+    async def _heat(self, served: Served, answers: Answers) -> dict[str, Any]:
+        """The heat map where its audit was passed; else why it is withheld."""
+        if served.heat_withheld:
+            return {"heat": None, "heat_withheld": served.heat_withheld}
+        loop = asyncio.get_running_loop()
+        return {"heat": await loop.run_in_executor(self._decoders, draw_heat, answers)}
 
     def _row(
         self,
@@ -144,8 +152,9 @@ class Routes:
             row = rows.setdefault((task, served.version), {
                 "task": task, "title": contract.title, "version": served.version, "package": served.digest,
                 "engine": served.engine, "modality": contract.modality, "kind": contract.kind,
-                "rows": contract.rows, "columns": contract.columns, "classes": contract.classes,
-                "intended_use": contract.intended_use, "simulated": contract.simulated, "sites": [],
+                "shape": contract.stored_shape, "classes": contract.classes,
+                "intended_use": contract.intended_use, "simulated": contract.simulated,
+                "limits": contract.limits, "sites": [],
             })  # fmt: skip
             row["sites"].append(site)
         return _json({"models": list(rows.values()), "notice": NOTICE}, request)

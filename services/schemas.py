@@ -36,9 +36,20 @@ ANSWER = {
         },
         "positive": {"type": "boolean", "description": "probability at or above the threshold"},
         "threshold": {"type": "number"},
-        "mask": {"type": "object", "description": "8 bit PNG in base64, and the name of each label"},
+        "probability": {"type": "number", "description": "detection: of the most certain lesion"},
+        "lesions": {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "detection: row, column, height, width in pixels, and score",
+        },
+        "mask": {
+            "type": "object",
+            "description": "8 bit PNG (of a volume .npy) in base64, and the name of each label",
+        },
         "area_px": {"type": "object", "additionalProperties": {"type": "integer"}},
         "area_mm2": {"type": "object", "additionalProperties": {"type": "number"}},
+        "heat": {"type": ["object", "null"], "description": "with ?heat=1: PNG (of a volume .npy) in base64"},
+        "heat_withheld": {"type": "string", "description": "why the heat map is not shown: its audit failed"},
         "uncertainty": {"type": "number", "description": "mean entropy in nats"},
         "notice": {"type": "string", "const": "research use only"},
     },
@@ -90,6 +101,7 @@ def _predict(tasks: tuple[str, ...], sites: tuple[str, ...]) -> dict[str, Any]:
             _parameter(
                 "X-Request-ID", "header", {"type": "string"}, "comes back in answer and journal", False
             ),
+            _parameter("heat", "query", {"enum": [0, 1]}, "1 adds the heat map, if it was audited", False),
             _parameter("X-Subject", "header", {"type": "string"}, "kept as a keyed pseudonym only", False),
         ],
         "requestBody": {"required": True, "content": {str(kind): binary for kind in ContentType}},

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,13 @@ from numpy.typing import NDArray
 from imaging.config import Places, read_params
 from imaging.errors import Conflict, NotApproved, NotReady, TrustError, UnknownTask
 from imaging.greedy import GreedyWorker
+from imaging.vocabulary import Statement
 from monitoring import telemetry
-from registry.contract import Contract, read_contract
 from registry.engines import Answers, Engine, check_answers, check_parity, open_engine
 from registry.events import Placement
 from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
-from registry.package import shelf
+from registry.package import Contract, read_contract, shelf
 
 LOG = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -39,6 +40,7 @@ class Served:
         digest: of its package.
         contract: what it promises.
         engine: name of what runs it, e.g. openvino/f32.
+        heat_withheld: why its heat maps are not shown; empty where they passed their audit.
         batches: takes prepared images, gives the answers of each.
     """
 
@@ -46,6 +48,7 @@ class Served:
     digest: str
     contract: Contract
     engine: str
+    heat_withheld: str
     batches: GreedyWorker[NDArray[np.float32], Answers]
 
 
@@ -62,14 +65,14 @@ def start_batches(engine: Engine, contract: Contract) -> GreedyWorker[NDArray[np
     return GreedyWorker(f"engine-{contract.task}", work, contract.max_batch, bisect=True)
 
 
-def load_package(folder: Path, version: int, digest: str, engine: str) -> Served:
+def load_package(folder: Path, named: tuple[int, str], engine: str, evaluation: dict[str, Any]) -> Served:
     """Open a verified package: parity on the golden cases, then one batch of each size class as a warm-up.
 
     Args:
         folder: the package.
-        version: its number.
-        digest: of the package.
+        named: the number and the digest of the version.
         engine: e.g. openvino/f32.
+        evaluation: body of its evaluation statement; it says whether heat maps may be shown.
 
     Raises:
         ConfigError: no such engine.
@@ -80,8 +83,10 @@ def load_package(folder: Path, version: int, digest: str, engine: str) -> Served
     opened = open_engine(folder, name, precision, int(os.environ.get("OMP_NUM_THREADS", "1")))
     check_parity(opened, folder, contract)
     for size in (1, contract.max_batch):
-        opened.run(np.zeros((size, 1, contract.rows, contract.columns), np.float32))
-    return Served(version, digest, contract, opened.name, start_batches(opened, contract))
+        opened.run(np.zeros((size, *contract.shape), np.float32))
+    audit = evaluation.get("explanation") or {"passed": False, "reasons": ["heat maps were not audited"]}
+    withheld = "" if audit["passed"] is True else "; ".join(audit["reasons"])
+    return Served(*named, contract, opened.name, withheld, start_batches(opened, contract))
 
 
 class Slots:
@@ -189,8 +194,9 @@ class Slots:
         if digest not in loaded:
             folder = shelf(self._places.var, digest)
             try:
-                verify_package(folder, self._ledger)
-                loaded[digest] = load_package(folder, placement.version, digest, self._engine)
+                evidence = verify_package(folder, self._ledger)
+                told = evidence.statements.get(Statement.EVALUATION, {})
+                loaded[digest] = load_package(folder, (placement.version, digest), self._engine, told)
             except TrustError as error:
                 self._refuse(task, placement, error)
                 return None

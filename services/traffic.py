@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from imaging.config import TaskSection
-from services.encoding import encode
+from imaging.recipe import TaskSection
+from services.findings import encode, lossless_types
 
 CLIENTS = 4
 
@@ -80,7 +80,7 @@ def send_traffic(
 
 
 def _encode(pixels: Any, about: tuple[Any, TaskSection], number: int) -> tuple[bytes, str]:
-    kinds = ("application/dicom", "application/x-nifti", "application/x-npy", "image/png")
+    kinds = lossless_types(pixels)
     kind = kinds[number % len(kinds)]
     facts, section = about
     offset = section.package.png_offset

@@ -1,5 +1,6 @@
 """Tasks that need no cohort builder: discs on noise, three sites, fitted in seconds. No fixtures here."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,23 @@ import yaml
 from imaging.config import Params, Places, read_params, read_sites
 from imaging.manifest import digest_pixels, write_manifest
 from imaging.vocabulary import Kind
+from registry.package import Contract
 
 ROOT = Path(__file__).parents[1]
+os.environ.setdefault("FORMULARY_TRACKING", "off")  # it costs seconds a training and has tests of its own
 SITES = ("north", "east", "harbour")
 SIZE = 32
+
+
+def promise(kind, classes=("background", "grey matter", "csf"), **told):
+    """A contract of a kind; what is not said does not matter."""
+    usual = {"task": "t", "title": "t", "kind": kind, "modality": "CT", "classes": classes,
+             "positive": classes[1:], "channels": 1, "depth": 0, "rows": 32, "columns": 32,
+             "spacing_low_mm": 1, "spacing_high_mm": 2, "png_offset": 0, "max_batch": 8,
+             "preparation": {"kind": "window", "low_hu": -1000, "high_hu": 200}, "temperature": 1,
+             "threshold": 0.5, "tolerance": {}, "intended_use": "", "simulated": "", "limits": (),
+             "lineage": {}}  # fmt: skip
+    return Contract.model_validate({**usual, **told})
 
 
 def draw_case(kind, rng):
@@ -70,6 +84,8 @@ def describe_task(kind):
                     "learning_rate": 0.02, "threads": 1, "device": "cpu"}  # fmt: skip
     task["package"] |= {"golden": 4, "max_batch": 16}
     task["cohort"] |= {"profile": "tiny"}
+    for costly in ("robustness", "explanation"):
+        task["evaluate"].pop(costly)
     task["reference"] |= {"window": 20, "repeats": 20}
     return task
 
@@ -137,8 +153,8 @@ def train(places, task):
 def promote(places, task, version):
     """Asked for by one person and approved by another; the sites where the version serves now."""
     from registry.access import admit
+    from registry.gates import digest_policy, read_policy
     from registry.ledger import open_ledger
-    from registry.policy import digest_policy, read_policy
     from registry.promotion import approve, request
 
     ledger = open_ledger(places.var)

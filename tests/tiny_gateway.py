@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from imaging.vocabulary import Modality
-from services.encoding import encode
+from services.findings import encode
 from services.stack import free_port
 from tests.tiny import ROOT, SIZE
 

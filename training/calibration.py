@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.config import Places, TaskSection
+from imaging.config import Places
+from imaging.detection import find_lesions, match_lesions
 from imaging.errors import DataError
+from imaging.recipe import TaskSection
 from imaging.scores import dice
 from imaging.vocabulary import Kind, Split
 from registry.architectures import build
+from registry.engines import STRIDE
 from training.datasets import load_split, stage_folder
 
 
@@ -24,26 +27,71 @@ def calibrate(places: Places, task: str, section: TaskSection) -> dict[str, Any]
     """
     data = load_split(places, task, section, Split.VALIDATION)
     logits = _forward(places, task, section, data.images)
-    flat, truth = _per_decision(logits, data.truth)
-    temperature, threshold = fit_temperature(flat, truth), 0.5
-    validation: dict[str, Any] = {
-        "images": len(data.images), "subjects": len(np.unique(data.subjects)),
-        "nll_before": _nll(flat, truth, 1.0), "nll_after": _nll(flat, truth, temperature),
-        "brier_before": measure_brier(_softmax(flat), truth),
-        "brier_after": measure_brier(_softmax(flat / temperature), truth),
-    }  # fmt: skip
-    if section.kind is Kind.CLASSIFICATION:
-        positive = _softmax(flat / temperature)[:, 1]
-        threshold = choose_threshold(positive, truth, section.calibrate.sensitivity)
-        said = positive >= threshold
-        validation["sensitivity"] = float(said[truth == 1].mean())
-        validation["specificity"] = float(1 - said[truth == 0].mean())
-    else:
-        validation["dice"] = _score_masks(section, data.truth, logits.argmax(axis=1))
-    told = {"temperature": temperature, "threshold": threshold, "validation": validation}
+    found = choose_point(section, data.truth, logits)
+    facts = {"images": len(data.images), "subjects": len(np.unique(data.subjects))}
+    told = {**found, "validation": {**facts, **found["validation"]}}
     path = stage_folder(places, task, "calibrate") / "calibration.json"
     path.write_text(json.dumps(told, indent=1) + "\n")
     return told
+
+
+def choose_point(
+    section: TaskSection, truth: NDArray[np.integer], logits: NDArray[np.floating]
+) -> dict[str, Any]:
+    """Temperature and threshold from validation, and what they do there.
+
+    Args:
+        section: of the task.
+        truth: labels (n,) or masks (n[, depth], rows, columns).
+        logits: of the network: (n, classes[[, depth], rows, columns]), or (n, 3, rows / 4, columns / 4).
+
+    Returns:
+        temperature (1 of a detector), threshold (.5 of a segmentation) and validation.
+
+    Raises:
+        DataError: there is no positive, or a detector finds too few lesions at any score.
+    """
+    choose = _choose_lesions if section.kind is Kind.DETECTION else _choose_probabilities
+    return choose(section, truth, logits)
+
+
+def _choose_probabilities(section: TaskSection, masks: NDArray[Any], logits: NDArray[Any]) -> dict[str, Any]:
+    """Temperature and threshold of a classification; of a segmentation the temperature alone."""
+    flat, truth = _per_decision(logits, masks)
+    temperature, threshold = fit_temperature(flat, truth), 0.5
+    calibrated = _softmax(flat / temperature)
+    validation: dict[str, Any] = {
+        "nll_before": _nll(flat, truth, 1.0), "nll_after": _nll(flat, truth, temperature),
+        "brier_before": measure_brier(_softmax(flat), truth),
+        "brier_after": measure_brier(calibrated, truth),
+    }  # fmt: skip
+    if section.kind is Kind.CLASSIFICATION:
+        score = calibrated[:, list(section.positive_labels)].sum(axis=1)
+        positive = np.isin(truth, section.positive_labels)
+        threshold = choose_threshold(score, positive.astype(int), section.calibrate.sensitivity)
+        said = score >= threshold
+        validation["sensitivity"] = float(said[positive].mean())
+        validation["specificity"] = float(1 - said[~positive].mean()) if not positive.all() else None
+    else:
+        validation["dice"] = _score_masks(section, masks, logits.argmax(axis=1))
+    return {"temperature": temperature, "threshold": threshold, "validation": validation}
+
+
+def _choose_lesions(section: TaskSection, masks: NDArray[Any], logits: NDArray[Any]) -> dict[str, Any]:
+    """The highest score of a detector that keeps the asked sensitivity by lesion; it has no temperature."""
+    pairs = zip(masks, logits, strict=True)
+    matches = [match_lesions(mask, find_lesions(answer, STRIDE)) for mask, answer in pairs]
+    hits = np.concatenate([match.hits for match in matches])
+    threshold = choose_threshold(hits, np.ones(len(hits), int), section.calibrate.sensitivity)
+    if not np.isfinite(threshold):
+        raise DataError(
+            f"The detector finds {np.isfinite(hits).mean():.0%} of validation's lesions at any score.",
+            "Train longer, or lower `calibrate.sensitivity` in params.yaml.",
+        )
+    false = np.concatenate([match.false for match in matches])
+    validation = {"lesions": len(hits), "lesion_sensitivity": float((hits >= threshold).mean()),
+                  "false_positives": float((false >= threshold).sum() / len(matches))}  # fmt: skip
+    return {"temperature": 1.0, "threshold": threshold, "validation": validation}
 
 
 def fit_temperature(logits: NDArray[np.floating], truth: NDArray[np.integer]) -> float:
@@ -107,12 +155,14 @@ def _forward(
     from safetensors.torch import load_file
 
     torch.set_num_threads(section.fit.threads)
-    network = build(section.fit.architecture, len(section.classes))
+    shape = images.shape[1:]
+    network = build(section.fit.architecture, shape, len(section.classes), section.positive_labels)
     network.load_state_dict(load_file(places.stage(task, "fit") / "weights.safetensors"))
     network.eval()
     with torch.inference_mode():
-        parts = [network(torch.from_numpy(images[i : i + 64]))[0].numpy() for i in range(0, len(images), 64)]
-    return np.concatenate(parts)
+        starts = range(0, len(images), section.package.max_batch)
+        batches = (np.ascontiguousarray(images[i : i + section.package.max_batch]) for i in starts)
+        return np.concatenate([network(torch.from_numpy(batch))[0].numpy() for batch in batches])
 
 
 def _per_decision(logits: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,69 +1,113 @@
-"""Scores of the packaged engine on the locked sets: by site, by subject, with intervals."""
+"""Scores of the packaged engine on the locked sets: by site, by subgroup, with the operating point frozen."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.config import EvaluateSection, Places, TaskSection
-from imaging.intervals import Estimate, bootstrap_auc, bootstrap_mean, wilson
-from imaging.scores import dice
+from imaging.config import Places
+from imaging.detection import find_lesions, match_lesions
+from imaging.manifest import Pixels
+from imaging.preparation import prepare
+from imaging.recipe import EvaluateSection, TaskSection
+from imaging.scores import dice, surface_distances
 from imaging.vocabulary import Kind, Split
-from registry.contract import Contract, read_contract
-from registry.engines import check_answers, open_engine
-from registry.package import digest_package
+from registry.engines import STRIDE, Engine, check_answers, open_engine
+from registry.package import Contract, digest_package, read_contract
 from training.datasets import Dataset, load_split, stage_folder
 from training.evaluation_report import write_report
+from training.explanation import explain
+from training.metrics import Scores, estimate, estimate_subgroups, measure_gap, tabulate
+from training.robustness import measure_robustness
 
-Scores = dict[str, NDArray[Any]]
+INNER = ("right", "class_right", "match")  # scores that predictions do not repeat
 
 
 def evaluate(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
     """Score the package, and write evaluation.json and report.html.
 
     Returns:
-        The body of the evaluation statement: the same bytes in every run.
+        The body of the evaluation statement: the same bytes in every run. What this machine took for it is
+        written to var/host/<task>-cost.json alone.
     """
     package = places.stage(task, "package")
     contract, how = read_contract(package), section.evaluate
     data = load_split(places, task, section, Split.TEST, Split.EXTERNAL)
-    answers, heat = answer_all(package, contract, how, data.images)
-    scores = score_images(contract, data.truth, answers)
-    internal = (data.rows["split"] == Split.TEST).to_numpy()
-    sites = {site: (data.rows["site"] == site).to_numpy() for site in data.rows["site"].unique()}
+    engine = open_engine(package, how.engine, how.precision)
+    answers, heat = answer_all(engine, contract, data.images)
+    scores = score_images(contract, data.truth, answers, data.rows["spacing_mm"])
+    site = np.asarray(data.rows["site"])
+    groups = {"overall": (data.rows["split"] == Split.TEST).to_numpy()}
+    groups |= {name: site == name for name in data.rows["site"].unique()}
+    told = {name: estimate(contract, scores, data.subjects, group, how) for name, group in groups.items()}
     body = {
-        "package": digest_package(package),
-        "engine": f"{how.engine}/{how.precision}",
-        "confidence": how.confidence,
-        "threshold": contract.threshold,
-        "simulated": contract.simulated,
-        "sets": {str(split): _describe_set(data, split) for split in (Split.TEST, Split.EXTERNAL)},
-        "overall": estimate(contract, scores, data.subjects, internal, how),
-        "sites": {
-            site: estimate(contract, scores, data.subjects, chosen, how) for site, chosen in sites.items()
-        },
+        "package": digest_package(package), "engine": f"{how.engine}/{how.precision}",
+        "confidence": how.confidence, "threshold": contract.threshold,
+        "simulated": contract.simulated, "limits": list(contract.limits),
+        "model_bytes": (package / "model.onnx").stat().st_size,
+        "sets": {split: _describe_set(data, split) for split in data.rows["split"].unique()},
+        "overall": told.pop("overall"), "sites": told,
+        "subgroups": estimate_subgroups(places.stage(task, "cohort"), contract, data, scores, how),
+        "gap": measure_gap(contract, scores, data.subjects, site, how),
+        "curves": {name: tabulate(contract, scores, group) for name, group in groups.items()},
+        "explanation": explain(places, task, section, data, heat),
         "predictions": _list_predictions(data, scores),
-    }
+    }  # fmt: skip
+    body |= score_real(section, contract, engine)
+    if how.robustness.subjects:
+        ask, pixels = partial(_score_again, engine, contract), Pixels(places.stage(task, "cohort"))
+        body["robustness"] = measure_robustness(ask, data, pixels, section)
     folder = stage_folder(places, task, "evaluate")
     (folder / "evaluation.json").write_text(
         json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
     )
     write_report(folder / "report.html", contract, body, (data, answers, heat))
+    _write_cost(places, task, how, data.images[:1])
     return body
 
 
+def score_real(section: TaskSection, contract: Contract, engine: Engine) -> dict[str, Any]:
+    """Dice of the one real person that there is for slices of the brain; it is told and gates nothing.
+
+    Returns:
+        {"real": ...} with one sentence and, where Colin27 is installed, mean Dice over its slices; {} where
+        the cohort is another. Silver truth (see colin27): fluid is defined otherwise there and is left out.
+    """
+    if Path(section.cohort.source).name != "brain_tissue.py":
+        return {}
+    from training.cohorts import colin27
+
+    told: dict[str, Any] = {"sentence": colin27.describe_colin27(), "scores": {}}
+    if colin27.is_present():
+        slices = colin27.read_colin27()
+        images = np.stack([prepare(one.pixels.astype(np.float32), contract.preparation) for one in slices])
+        labels = answer_all(engine, contract, images, silent=True)[0].argmax(axis=1)
+        masks = np.stack([one.mask for one in slices])
+        pairs = {name: (masks == label, labels == label) for label, name in enumerate(contract.classes)}
+        pairs["brain"] = (masks > 0, labels > 0)
+        for name in ("grey matter", "white matter", "brain"):
+            told["scores"][name] = round(
+                float(np.nanmean([dice(*pair, 1) for pair in zip(*pairs[name], strict=True)])), 4
+            )
+        told["slices"] = len(slices)
+    return {"real": told}
+
+
 def answer_all(
-    package: Path, contract: Contract, how: EvaluateSection, images: NDArray[np.float32]
+    engine: Engine, contract: Contract, images: NDArray[np.float32], silent: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What the packaged engine says of every image.
 
     Returns:
-        Probabilities (n, classes[, rows, columns]), and heat (n, rows, columns).
+        Probabilities (n, classes[[, depth], rows, columns]), but of a detector its logits (n, 3, rows / 4,
+        columns / 4); and heat (n[, depth], rows, columns).
 
     Raises:
         TrustError: an answer has another shape than promised, or is not finite.
@@ -71,67 +115,93 @@ def answer_all(
     from rich.console import Console
     from rich.progress import track
 
-    engine = open_engine(package, how.engine, how.precision)
     starts, console = range(0, len(images), contract.max_batch), Console(stderr=True)
     said, heat = [], []
-    for start in track(starts, description=f"evaluate {contract.title}", console=console):
-        batch = images[start : start + contract.max_batch]
+    for start in track(starts, f"evaluate {contract.title}", console=console, disable=silent):
+        batch = np.ascontiguousarray(images[start : start + contract.max_batch])
         answers = engine.run(batch)
         check_answers(answers, contract, len(batch))
-        said.append(contract.probabilities(answers.logits))
+        detects = contract.kind is Kind.DETECTION
+        said.append(answers.logits if detects else contract.probabilities(answers.logits))
         heat.append(answers.heat)
     return np.concatenate(said), np.concatenate(heat)
 
 
-def score_images(contract: Contract, truth: NDArray[np.int64], answers: NDArray[np.float32]) -> Scores:
+def _score_again(engine: Engine, contract: Contract, data: Dataset) -> Scores:
+    """Scores of other images of the same cases; `found` as the share of an image's lesions, NaN of none."""
+    scores = score_images(contract, data.truth, answer_all(engine, contract, data.images, silent=True)[0])
+    if contract.kind is Kind.DETECTION:
+        shares = scores["found"] / np.maximum(scores["lesions"], 1)
+        scores["found"] = np.where(scores["lesions"] > 0, shares, np.nan)
+    return scores
+
+
+def score_images(
+    contract: Contract, truth: NDArray[np.int64], answers: NDArray[np.float32], spacings_mm: Any = None
+) -> Scores:
     """What each image scores.
 
+    Args:
+        contract: of the package.
+        truth: labels (n,) or masks (n[, depth], rows, columns).
+        answers: as `answer_all` returns them.
+        spacings_mm: of each image; without it no distances are measured.
+
     Returns:
-        Classification: truth (0, 1), probability, right (at the contract's threshold). Segmentation: Dice
-        of each class but the first, `dice_<class>`, and `dice`, their mean over the classes that the image
-        has; NaN where neither truth nor answer has any.
+        Classification: truth (0, 1: is its label a positive one?), probability of the positive classes, right
+        (at the contract's threshold); of more than two classes also label, answer and class_right.
+        Segmentation: Dice of each class but the first, `dice_<class>`, and `dice`, their mean over the
+        classes that the image has, NaN where neither truth nor answer has any; likewise `surface_mm` and
+        `hausdorff95_mm`, NaN where either has none.
+        Detection: lesions, found (at the threshold), false_positives, truth (0, 1), probability and match.
     """
     if contract.kind is Kind.CLASSIFICATION:
-        said = answers[:, 1] >= contract.threshold
-        return {"truth": truth, "probability": answers[:, 1], "right": (said == truth).astype(int)}
-    labels = answers.argmax(axis=1)
-    found = {
-        f"dice_{name.replace(' ', '_')}": _dices(truth, labels, label)
-        for label, name in enumerate(contract.classes)
-        if label
+        return _score_labels(contract, truth, answers)
+    if contract.kind is Kind.DETECTION:
+        return _score_lesions(contract, truth, answers)
+    labels, found = answers.argmax(axis=1), {}
+    for label, name in enumerate(contract.classes[1:], start=1):
+        end = name.replace(" ", "_")
+        found[f"dice_{end}"] = np.array([dice(*pair, label) for pair in zip(truth, labels, strict=True)])
+        if spacings_mm is not None:
+            cases = zip(truth == label, labels == label, spacings_mm, strict=True)
+            table = np.array([surface_distances(*case) for case in cases])
+            found[f"surface_mm_{end}"], found[f"hausdorff95_mm_{end}"] = table.T
+    for name in ("dice", *(("surface_mm", "hausdorff95_mm") if spacings_mm is not None else ())):
+        table = np.stack([values for key, values in found.items() if key.startswith(f"{name}_")])
+        present = np.isfinite(table).sum(axis=0)
+        found[name] = np.where(present > 0, np.nansum(table, axis=0) / np.maximum(present, 1), np.nan)
+    return found
+
+
+def _score_labels(contract: Contract, truth: NDArray[np.int64], answers: NDArray[np.float32]) -> Scores:
+    positive = np.isin(truth, contract.positive_labels).astype(int)
+    score = contract.score(answers)
+    right = ((score >= contract.threshold) == positive).astype(int)
+    found = {"truth": positive, "probability": score, "right": right}
+    if len(contract.classes) > 2:
+        answer = answers.argmax(axis=1)
+        found |= {"label": truth, "answer": answer, "class_right": (answer == truth).astype(int)}
+    return found
+
+
+def _score_lesions(contract: Contract, truth: NDArray[np.int64], answers: NDArray[np.float32]) -> Scores:
+    matches = np.empty(len(truth), dtype=object)
+    for i, (mask, logits) in enumerate(zip(truth, answers, strict=True)):
+        matches[i] = match_lesions(mask, find_lesions(logits, STRIDE, contract.temperature))
+    least = contract.threshold
+    lesions = np.array([len(match.hits) for match in matches])
+    return {
+        "lesions": lesions,
+        "found": np.array([int((match.hits >= least).sum()) for match in matches]),
+        "false_positives": np.array([int((match.false >= least).sum()) for match in matches]),
+        "truth": (lesions > 0).astype(int),
+        "probability": contract.score(contract.probabilities(answers)),
+        "match": matches,
     }
-    table = np.stack(list(found.values()))
-    present = np.isfinite(table).sum(axis=0)
-    total = np.nansum(table, axis=0)
-    return {**found, "dice": np.where(present > 0, total / np.maximum(present, 1), np.nan)}
 
 
-def _dices(truth: NDArray[Any], labels: NDArray[Any], label: int) -> NDArray[np.float64]:
-    return np.array([dice(t, answer, label) for t, answer in zip(truth, labels, strict=True)])
-
-
-def estimate(
-    contract: Contract,
-    scores: Scores,
-    subjects: NDArray[Any],
-    chosen: NDArray[np.bool_],
-    how: EvaluateSection,
-) -> dict[str, Any]:
-    """Estimates with intervals over the chosen images: metric -> the fields of `Estimate`."""
-    told: dict[str, Estimate] = {}
-    if contract.kind is Kind.CLASSIFICATION:
-        truth, right, score = (scores[name][chosen] for name in ("truth", "right", "probability"))
-        people = subjects[chosen]
-        told["sensitivity"] = wilson(right[truth == 1], people[truth == 1], how.confidence)
-        told["specificity"] = wilson(right[truth == 0], people[truth == 0], how.confidence)
-        told["auc"] = bootstrap_auc(truth, score, people, how.confidence, how.seed)
-    else:
-        for name, values in scores.items():
-            told[name] = bootstrap_mean(values[chosen], subjects[chosen], how.confidence, how.seed)
-    return {name: value.model_dump() for name, value in told.items()}
-
-
-def _describe_set(data: Dataset, split: Split) -> dict[str, Any]:
+def _describe_set(data: Dataset, split: str) -> dict[str, Any]:
     """A locked set by the digest of its images, in any order."""
     rows = data.rows[data.rows["split"] == split]
     digest = hashlib.sha256("\n".join(sorted(rows["sha256"])).encode()).hexdigest()
@@ -140,10 +210,8 @@ def _describe_set(data: Dataset, split: Split) -> dict[str, Any]:
 
 def _list_predictions(data: Dataset, scores: Scores) -> list[dict[str, Any]]:
     facts = data.rows[["sha256", "subject", "site", "split"]].to_dict("records")
-    return [
-        {**fact, **{name: _plain(values[i]) for name, values in scores.items() if name != "right"}}
-        for i, fact in enumerate(facts)
-    ]
+    told = {name: values for name, values in scores.items() if name not in INNER}
+    return [{**fact, **{name: _plain(told[name][i]) for name in told}} for i, fact in enumerate(facts)]
 
 
 def _plain(value: Any) -> int | float | None:
@@ -151,3 +219,44 @@ def _plain(value: Any) -> int | float | None:
     if isinstance(value, np.integer):
         return int(value)
     return round(float(value), 6) if np.isfinite(value) else None
+
+
+def measure_cost(
+    package: Path, how: EvaluateSection, image: NDArray[np.float32], repeats: int = 20
+) -> dict[str, Any]:
+    """What one prediction takes on this machine, one image (1, channels[, depth], rows, columns) at a time.
+
+    Returns:
+        ms_per_image (median after a warm-up), cpu_seconds_per_image, and memory_mb, by which the process grew
+        (0 where it reused what was free).
+    """
+    import psutil
+
+    process = psutil.Process()
+    before = process.memory_info().rss
+    engine = open_engine(package, how.engine, how.precision)
+    engine.run(image)
+    spent, cpu = [], time.process_time()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        engine.run(image)
+        spent.append(time.perf_counter() - start)
+    grown = max(0, process.memory_info().rss - before)
+    return {
+        "engine": engine.name, "ms_per_image": round(1000 * float(np.median(spent)), 3),
+        "cpu_seconds_per_image": round((time.process_time() - cpu) / repeats, 6),
+        "memory_mb": round(grown / 2**20, 1),
+    }  # fmt: skip
+
+
+def _write_cost(places: Places, task: str, how: EvaluateSection, image: NDArray[np.float32]) -> None:
+    """Facts of this host, so neither in the package nor in the statement: what fit told, and a prediction."""
+    package, spent = places.stage(task, "package"), places.stage(task, "fit") / "cost.json"
+    told = {
+        "package": digest_package(package),
+        "fit": json.loads(spent.read_text()) if spent.exists() else None,
+        "predict": measure_cost(package, how, np.ascontiguousarray(image)),
+    }
+    host = places.var / "host"
+    host.mkdir(parents=True, exist_ok=True)
+    (host / f"{task}-cost.json").write_text(json.dumps(told, indent=1) + "\n")

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from imaging.config import Places, TaskSection
+from imaging.config import Places
 from imaging.errors import DataError
-from imaging.statistics import describe
+from imaging.image import describe
+from imaging.recipe import TaskSection
 from imaging.vocabulary import Split
 from monitoring.reference import name_columns, summarise, write_reference
 from registry.architectures import build
-from registry.contract import Contract, write_contract
 from registry.engines import OUTPUTS, check_answers, check_parity, open_engine
-from registry.package import digest_package
+from registry.package import Contract, digest_package, write_contract
 from training.datasets import Dataset, load_split, stage_folder
 
 
@@ -35,31 +35,33 @@ def export(places: Places, task: str, section: TaskSection) -> str:
         Its digest.
 
     Raises:
-        DataError: no validation subject's images may be redistributed.
+        DataError: the network cannot be exported.
         TrustError: the engine that will be scored does not answer as the network does.
     """
     folder = stage_folder(places, task, "package")
     data = load_split(places, task, section, Split.VALIDATION)
     shutil.copy(places.stage(task, "fit") / "weights.safetensors", folder)
-    network = _load(folder, section)
+    network = _load(folder, section, data.images.shape[1:])
     contract = _contract(places, task, section, data)
     write_contract(contract, folder)
-    _export_graphs(network, data.images.shape[2:], section.package.max_batch, folder)
+    _export_graphs(network, contract, folder)
     _write_golden(network, data, section.package.golden, folder)
     engine = open_engine(folder, section.evaluate.engine, section.evaluate.precision, section.fit.threads)
     check_parity(engine, folder, contract)
-    external = load_split(places, task, section, Split.EXTERNAL)
-    rows = [row for part in (data, external) for row in _describe(part, engine, contract)]
-    write_reference(rows, name_columns(section.kind, section.classes), folder / "reference.parquet")
+    parts = [data]
+    with contextlib.suppress(DataError):  # an import may have no external site
+        parts.append(load_split(places, task, section, Split.EXTERNAL))
+    rows = [row for part in parts for row in _describe(part, engine, contract)]
+    write_reference(rows, name_columns(contract), folder / "reference.parquet")
     return digest_package(folder)
 
 
-def _load(folder: Path, section: TaskSection) -> Any:
+def _load(folder: Path, section: TaskSection, shape: tuple[int, ...]) -> Any:
     import torch
     from safetensors.torch import load_file
 
     torch.set_num_threads(section.fit.threads)
-    network = build(section.fit.architecture, len(section.classes))
+    network = build(section.fit.architecture, shape, len(section.classes), section.positive_labels)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
     return network.eval()
 
@@ -70,15 +72,17 @@ def _contract(places: Places, task: str, section: TaskSection, data: Dataset) ->
     # What is measured of a finished package is no part of it: editing those sections must not rename it.
     made_from = section.model_dump(mode="json", exclude={"qualify", "reference"})
     params = json.dumps(made_from, sort_keys=True)
-    rows, columns = data.images.shape[2:]
+    channels, *depth, rows, columns = data.images.shape[1:]
     return Contract(
         task=task, title=section.title, kind=section.kind, modality=section.modality, classes=section.classes,
-        rows=rows, columns=columns, spacing_low_mm=section.check.spacing_low_mm,
+        positive=tuple(section.classes[label] for label in section.positive_labels), channels=channels,
+        depth=depth[0] if depth else 0, rows=rows, columns=columns,
+        spacing_low_mm=section.check.spacing_low_mm,
         spacing_high_mm=section.check.spacing_high_mm, png_offset=section.package.png_offset,
         max_batch=section.package.max_batch, preparation=section.preparation,
         temperature=calibration["temperature"], threshold=calibration["threshold"],
         tolerance=section.package.tolerance, intended_use=section.package.intended_use,
-        simulated=str(cohort["simulation"]),
+        simulated=str(cohort["simulation"]), limits=tuple(cohort.get("limits", ())),
         lineage={"cohort": digest_cohort(places, task), "params": "sha256:" + _sha256(params.encode())},
     )  # fmt: skip
 
@@ -93,16 +97,17 @@ def digest_cohort(places: Places, task: str) -> str:
     return "sha256:" + _sha256("\n".join(",".join(row) for row in table.astype(str).to_numpy()).encode())
 
 
-def _export_graphs(network: Any, size: tuple[int, ...], max_batch: int, folder: Path) -> None:
-    """program.pt2 and model.onnx, both giving logits, heat and embedding, for 1 to max_batch images."""
+def _export_graphs(network: Any, contract: Contract, folder: Path) -> None:
+    """program.pt2 and model.onnx, both giving logits, heat and embedding, for any batch that is promised."""
     import torch
 
     for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    batch = torch.export.Dim("batch", min=1, max=max_batch)
+    batch = torch.export.Dim("batch", min=1, max=contract.max_batch)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        program = torch.export.export(network, (torch.zeros(2, 1, *size),), dynamic_shapes=({0: batch},))
+        example = (torch.zeros(2, *contract.shape),)
+        program = torch.export.export(network, example, dynamic_shapes=({0: batch},))
         _strip(program)
         torch.export.save(program, folder / "program.pt2")
         made = torch.onnx.export(
@@ -134,16 +139,20 @@ def _strip(program: Any) -> None:
 
 
 def _write_golden(network: Any, data: Dataset, count: int, folder: Path) -> None:
-    """Cases that may be redistributed, spread over the validation set, with the network's own logits."""
+    """Cases with the network's own logits: of the validation set, where they may be redistributed.
+
+    Where none may be, they are simulated: noise of the images' own mean and spread at each pixel.
+    """
     import torch
 
     allowed = np.flatnonzero(data.rows["redistributable"].to_numpy(dtype=bool))
-    if not len(allowed):
-        raise DataError(
-            "No validation image may be redistributed.", "Mark rows `redistributable`, or simulate some."
-        )
-    chosen = np.unique(allowed[np.linspace(0, len(allowed) - 1, min(count, len(allowed))).astype(int)])
-    images = data.images[chosen]
+    if len(allowed):
+        chosen = np.unique(allowed[np.linspace(0, len(allowed) - 1, min(count, len(allowed))).astype(int)])
+        images = data.images[chosen]
+    else:
+        sample = data.images[:256]
+        drawn = np.random.default_rng(0).normal(size=(count, *sample.shape[1:]))
+        images = (sample.mean(axis=0) + sample.std() * drawn).clip(-1.5, 1.5).astype(np.float32)
     with torch.inference_mode():
         logits = network(torch.from_numpy(images))[0].numpy()
     with zipfile.ZipFile(folder / "golden.npz", "w", zipfile.ZIP_STORED) as archive:
@@ -167,7 +176,7 @@ def _describe(data: Dataset, engine: Any, contract: Contract) -> list[dict[str, 
         check_answers(answers, contract, len(images))
         told = zip(images, contract.probabilities(answers.logits), facts[start:], strict=False)
         for image, answer, fact in told:
-            rows.append({**fact, **describe(image), **summarise(contract.kind, contract.classes, answer)})
+            rows.append({**fact, **describe(image), **summarise(contract, answer)})
     return rows
 
 

@@ -1,172 +1,231 @@
-"""From a split to weights, bit for bit the same on one machine."""
+"""From a split to weights, bit for bit the same on one machine, also when training was killed on the way."""
 
 from __future__ import annotations
 
 import json
-import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from imaging.config import FitSection, Places, TaskSection
-from imaging.errors import ConfigError, DataError
-from imaging.vocabulary import Kind, Split
+from imaging.config import Places
+from imaging.errors import DataError
+from imaging.manifest import digest_file
+from imaging.recipe import TaskSection
+from imaging.vocabulary import Split
 from registry.architectures import build
-from training.augmentation import augment, draw_augmentation
+from registry.tracking import track
+from training.checkpoints import Checkpoints, borrowed_files, open_checkpoints
+from training.course import Course, find_precision, settle
 from training.datasets import Dataset, load_split, stage_folder
+
+ADMITTED = 1.1  # times the best member's validation loss: members of an ensemble above it are left out
+WATTS_A_CORE = 10.0  # assumed, not measured; a graphics processor's share is not in it
+Data = tuple[Dataset, Dataset]  # training and validation set
+Watch = Callable[[dict[str, Any], Any], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training found.
+
+    Attributes:
+        weights: state dict of the epoch with the least validation loss, on the CPU.
+        epochs: "epoch" from 1, "loss" and "validation_loss" of each; an ensemble's members follow each other,
+            with "member" from 0.
+        spent: cpu_seconds and wall_seconds of training and validation, what a killed run left included, and
+            loading_seconds, the part of the wall time in which the network waited for data.
+        resumed: whether it went on from a checkpoint.
+        parameters: how many numbers were found.
+        members: of an ensemble, each one's recipe and whether it was admitted.
+    """
+
+    weights: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    spent: dict[str, float]
+    resumed: bool
+    parameters: int
+    members: tuple[dict[str, Any], ...] = ()
 
 
 def fit(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
-    """Train, keep the epoch with the least validation loss, write weights.safetensors and history.json.
+    """Train, keep the best epoch, write weights.safetensors, history.json and cost.json.
+
+    Training that was killed goes on from its last checkpoint when fit runs again with the same recipe.
 
     Returns:
-        The history: loss and validation loss of each epoch, and how it was made. Seconds are not in it, so
-        that two clean runs write the same bytes.
+        The history: the epochs, and how it was made. Seconds are not in it but in cost.json, so that two
+        runs write the same bytes, whether or not one was killed.
 
     Raises:
-        ConfigError: the device is not there, or a batch is larger than the training set.
-        DataError: the validation loss was never a number.
+        ConfigError: the device is not there or lacks mixed precision, or a batch is larger than the
+            training set.
+        DataError: the validation loss was never a number, or a checkpoint cannot be written.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     how = section.fit
-    device = _device(how.device)
-    _settle(how)
-    train = load_split(places, task, section, Split.TRAIN)
-    validation = load_split(places, task, section, Split.VALIDATION)
-    network = build(how.architecture, len(section.classes)).to(device)
-    best, epochs = _train(network, (train, validation), section, device)
+    precision = find_precision(how)
+    train_set, validation = (load_split(places, task, section, s) for s in (Split.TRAIN, Split.VALIDATION))
+    data = train_set, validation
+    keep = open_checkpoints(places.stage(task, "checkpoints"), section, data)
+    start = load_file(places.root / how.start) if how.start else None
+    with track(places.var, task, keep.folder.name, how.model_dump(mode="json")) as run:
+        found = find_weights(data, section, keep, lambda told, _: run.log(told), start)
+        for told in found.epochs:  # those that were on their way to MLflow when training was killed
+            run.log(told)
     folder = stage_folder(places, task, "fit")
-    save_file({name: best[name].contiguous() for name in sorted(best)}, folder / "weights.safetensors")
+    save_file({name: found.weights[name] for name in sorted(found.weights)}, folder / "weights.safetensors")
     history = {
-        "epochs": epochs, "threads": how.threads, "device": how.device, "seed": how.seed,
-        "parameters": sum(value.numel() for value in network.parameters()),
-        "torch": torch.__version__.split("+")[0],
-        "images": len(train.images), "validation_images": len(validation.images),
+        "epochs": found.epochs, "threads": how.threads, "device": how.device, "seed": how.seed,
+        "parameters": found.parameters, "torch": torch.__version__.split("+")[0],
+        "images": len(train_set.images), "validation_images": len(validation.images),
+        "precision": str(precision).removeprefix("torch."), "members": list(found.members),
+        "borrowed": {path: digest_file(places.root / path) for path in borrowed_files(how)},
     }  # fmt: skip
     (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    cost = describe_cost(found) | {"tracked": run.tracked}
+    (folder / "cost.json").write_text(json.dumps(cost, indent=1) + "\n")
+    keep.remove()
     return history
 
 
-def _train(
-    network: Any, data: tuple[Dataset, Dataset], section: TaskSection, device: Any
-) -> tuple[Any, list[Any]]:
-    import torch
+def describe_cost(found: Trained) -> dict[str, Any]:
+    """What training took. Energy is CPU time at an assumed power, for comparison and not for a bill."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    spent = found.spent
+    return {
+        "cpu_seconds": round(spent["cpu_seconds"], 3), "wall_seconds": round(spent["wall_seconds"], 3),
+        "loading_share": round(spent["loading_seconds"] / max(spent["wall_seconds"], 1e-9), 4),
+        "peak_rss_mb": round(peak, 1), "watts_a_core_assumed": WATTS_A_CORE,
+        "energy_wh": round(spent["cpu_seconds"] * WATTS_A_CORE / 3600, 5), "resumed": found.resumed,
+    }  # fmt: skip
 
-    train, validation = data
+
+def find_weights(
+    data: Data,
+    section: TaskSection,
+    keep: Checkpoints | None = None,
+    watch: Watch | None = None,
+    start: dict[str, Any] | None = None,
+) -> Trained:
+    """Train the network of a recipe, or an ensemble's members in turn; writes nothing but checkpoints.
+
+    Args:
+        data: training and validation set.
+        section: of the task.
+        keep: checkpoints to write and to go on from.
+        watch: told after each epoch: its losses, cpu_seconds so far and images_per_second; and the network,
+            in its evaluation mode. Its own time is not counted.
+        start: a state dict to start from, for fine-tuning; fresh weights otherwise.
+    """
+    settle(section.fit)
+    shape, positive = data[0].images.shape[1:], section.positive_labels
+    network = build(section.fit.architecture, shape, len(section.classes), positive)
+    if start:
+        network.load_state_dict(start)
+    if not section.fit.architecture.members:
+        return train(network, data, section, keep, watch)
+    found: list[Trained] = []
+    for number in range(len(section.fit.architecture.members)):
+        own = _member(section, number)
+        tell = watch and partial(_tell_member, watch, number, sum(len(one.epochs) for one in found))
+        part = start and network.members[number].state_dict()
+        found.append(find_weights(data, own, keep and keep.of_member(number), tell, part))
+    return _admit(network, found, section)
+
+
+def _member(section: TaskSection, number: int) -> TaskSection:
+    """The recipe of a member of an ensemble: its architecture, and a seed of its own."""
     how = section.fit
-    steps = len(train.images) // how.batch_size
-    if not steps:
-        raise ConfigError(
-            f"A batch of {how.batch_size} is more than the {len(train.images)} training images.",
-            "Lower `fit.batch_size` in params.yaml.",
-        )
-    optimiser = torch.optim.AdamW(network.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, how.learning_rate, total_steps=max(2, how.epochs * steps)
-    )
-    loss = _loss(section, train).to(device)
-    best, least, epochs = None, float("inf"), []
-    with _progress() as progress:
-        bar = progress.add_task(f"fit {section.title}", total=how.epochs * steps)
-        for epoch in range(1, how.epochs + 1):
-            total = 0.0
-            for images, truth in _batches(train, how, epoch):
-                total += _step(network, optimiser, loss, (images.to(device), truth.to(device)))
-                schedule.step()
-                progress.advance(bar)
-            found = _validate(network, validation, loss, device)
-            epochs.append({"epoch": epoch, "loss": total / steps, "validation_loss": found})
-            if found < least:  # never true of NaN
-                best = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-                least = found
-    if best is None:
+    own = {"architecture": how.architecture.members[number], "seed": how.seed + number}
+    return section.model_copy(update={"fit": how.model_copy(update=own)})
+
+
+def _tell_member(watch: Watch, number: int, before: int, told: dict[str, Any], network: Any) -> None:
+    watch({**told, "epoch": told["epoch"] + before, "member": number}, network)
+
+
+def _admit(network: Any, found: list[Trained], section: TaskSection) -> Trained:
+    """The ensemble of trained members; those much worse than the best one have no say."""
+    import torch
+
+    losses = [min(told["validation_loss"] for told in one.epochs) for one in found]
+    members, epochs = [], list[dict[str, Any]]()
+    for number, (one, loss) in enumerate(zip(found, losses, strict=True)):
+        how = _member(section, number).fit
+        members.append({"architecture": how.architecture.name, "seed": how.seed, "epochs": len(one.epochs),
+                        "validation_loss": loss, "admitted": loss <= ADMITTED * min(losses)})  # fmt: skip
+        epochs += [{**told, "epoch": told["epoch"] + len(epochs), "member": number} for told in one.epochs]
+        network.members[number].load_state_dict(one.weights)
+    network.admitted.copy_(torch.tensor([float(member["admitted"]) for member in members]))
+    spent = {name: sum(one.spent[name] for one in found) for name in found[0].spent}
+    parameters, resumed = sum(one.parameters for one in found), any(one.resumed for one in found)
+    return Trained(network.state_dict(), epochs, spent, resumed, parameters, tuple(members))
+
+
+def train(
+    network: Any,
+    data: Data,
+    section: TaskSection,
+    keep: Checkpoints | None = None,
+    watch: Watch | None = None,
+) -> Trained:
+    """Train one network from the weights that it has; arguments as of `find_weights`.
+
+    Raises:
+        ConfigError: the device is not there or lacks mixed precision, or a batch is larger than the set.
+        DataError: the validation loss was never a number, or a checkpoint cannot be written.
+    """
+    course = Course(network, section, data)
+    state = keep.latest() if keep else None
+    if state:
+        course.load_state(state)
+    with _progress(section, course) as advance:
+        while not course.finished:
+            _run_epoch(course, keep, advance)
+            told = course.end_epoch()
+            if watch:
+                watch({**told, **course.stop_clock()}, network)
+            course.start_clock()
+            if keep:
+                keep.save(course.state())
+    if not course.best:
         raise DataError("The validation loss was never a number.", "Lower `fit.learning_rate`.")
-    return best, epochs
+    parameters = sum(value.numel() for value in network.parameters())
+    return Trained(course.best, course.epochs, course.spent, bool(state), parameters)
 
 
-def _progress() -> Any:
-    """A bar on stderr that says how long it took: the seconds are printed and never written."""
+def _run_epoch(course: Course, keep: Checkpoints | None, advance: Callable[[], None]) -> None:
+    for images, truth in course.batches():
+        course.step(images, truth)
+        advance()
+        if keep and keep.due():
+            keep.save(course.state())
+
+
+@contextmanager
+def _progress(section: TaskSection, course: Course) -> Iterator[Callable[[], None]]:
+    """A bar on stderr: epoch, losses, images a second; in the end how long the network waited for data."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    title, told_at, steps = f"fit {section.title}", 0.0, section.fit.epochs * course.steps
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
+        bar = progress.add_task(title, total=steps, completed=course.done)
 
+        def advance() -> None:
+            nonlocal told_at
+            if time.monotonic() - told_at > 0.5:
+                told_at = time.monotonic()
+                progress.update(bar, completed=course.done, description=f"{title}: {course.describe()}")
 
-def _batches(data: Dataset, how: FitSection, epoch: int) -> Any:
-    """Shuffled, augmented batches, drawn from (seed, epoch, batch) alone; a short last one is left out."""
-    import torch
-
-    order = np.random.default_rng([how.seed, epoch]).permutation(len(data.images))
-    for batch in range(len(order) // how.batch_size):
-        rows = np.sort(order[batch * how.batch_size : (batch + 1) * how.batch_size])
-        draw = draw_augmentation(how.augmentation, len(rows), np.random.default_rng([how.seed, epoch, batch]))
-        yield augment(torch.from_numpy(data.images[rows]), torch.from_numpy(data.truth[rows]), draw)
-
-
-def _step(network: Any, optimiser: Any, loss: Any, batch: tuple[Any, Any]) -> float:
-    import torch
-
-    network.train()
-    optimiser.zero_grad()
-    value = loss(network(batch[0])[0], batch[1])
-    value.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    optimiser.step()
-    return float(value.detach())
-
-
-def _validate(network: Any, data: Dataset, loss: Any, device: Any) -> float:
-    import torch
-
-    network.eval()
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(data.images), 64):
-            images = torch.from_numpy(data.images[start : start + 64]).to(device)
-            truth = torch.from_numpy(data.truth[start : start + 64]).to(device)
-            total += float(loss(network(images)[0], truth)) * len(images)
-    return total / len(data.images)
-
-
-def _loss(section: TaskSection, train: Dataset) -> Any:
-    """MONAI's Dice + cross entropy for masks; cross entropy with balanced class weights for labels."""
-    import torch
-
-    if section.kind is Kind.CLASSIFICATION:
-        counts = np.bincount(train.truth, minlength=len(section.classes))
-        weight = torch.tensor(len(train.truth) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
-        return torch.nn.CrossEntropyLoss(weight)
-    from monai.losses import DiceCELoss
-
-    class MaskLoss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-
-        def forward(self, logits: Any, truth: Any) -> Any:
-            return self.inner(logits, truth[:, None])
-
-    return MaskLoss()
-
-
-def _settle(how: FitSection) -> None:
-    """Threads, seeds and algorithms that give the same bits each time."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(how.threads)
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(how.seed)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    kind, _, number = name.partition(":")
-    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[kind]
-    if int(number or 0) >= count:
-        raise ConfigError(f"There is no {name} here.", "Set `fit.device` in params.yaml to cpu.")
-    return torch.device(name)
+        yield advance
+    share = course.spent["loading_seconds"] / course.spent["wall_seconds"]
+    progress.console.print(f"{title}: {course.describe()}; data took {share:.0%} of the time", soft_wrap=True)

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from imaging.config import Sites, TaskSection
+from imaging.config import Sites
 from imaging.manifest import COLUMNS
-from imaging.vocabulary import AgeBand, Kind, Sex, SiteKind, Split
+from imaging.recipe import TaskSection
+from imaging.vocabulary import AgeBand, Kind, Severity, Sex, SiteKind, Split
 
 STORED_TYPES = ("uint8", "uint16", "int16", "float32")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which task is checked, and where its images may come from."""
+    """Which task is checked, and where its images may come from.
+
+    Attributes:
+        task, section: what is asked of the images.
+        sites: of sites.yaml.
+        subject_split: whether the cohort knows its subjects; else no rule can hold them to one split.
+    """
 
     task: str
     section: TaskSection
     sites: Sites
+    subject_split: bool = True
+
+    @property
+    def built(self) -> bool:
+        """Whether a builder of this platform made the cohort, and not an import."""
+        return self.section.cohort.source.endswith(".py")
 
 
 @dataclass(frozen=True)
@@ -28,17 +41,19 @@ class Rule:
     Attributes:
         sentence: what holds, in words: its name in every report.
         kind, options: the class in great_expectations.expectations, and its arguments.
+        severity: critical stops the stage; a warning is counted.
     """
 
     sentence: str
     kind: str
     options: dict[str, Any]
+    severity: Severity = Severity.CRITICAL
 
 
 def manifest_rules(question: Question) -> list[Rule]:
     """The manifest: exactly the listed columns, closed vocabularies, nothing missing."""
     section, check = question.section, question.section.check
-    labels = [0, 1] if section.kind is Kind.CLASSIFICATION else []
+    labels = list(range(len(section.classes))) if section.kind is not Kind.SEGMENTATION else []
     allowed: dict[str, list[Any]] = {
         "split": list(Split),
         "site": question.sites.names(),
@@ -49,10 +64,13 @@ def manifest_rules(question: Question) -> list[Rule]:
         "redistributable": [True, False],
         "simulated": [True, False],
     }
-    filled = [name for name in (*COLUMNS, "split") if name != "label" or labels]
+    optional = {"label"} if not labels else {"mask"} if section.kind is Kind.CLASSIFICATION else set()
+    filled = [name for name in (*COLUMNS, "split") if name not in optional]
     return [
         Rule("the columns are the listed ones and no other", "ExpectTableColumnsToMatchSet",
              {"column_set": [*COLUMNS, "split"], "exact_match": True}),
+        Rule("no two rows are one image", "ExpectCompoundColumnsToBeUnique",
+             {"column_list": ["image", "row"]}),
         Rule("no two images have the same pixels", "ExpectColumnValuesToBeUnique", {"column": "sha256"}),
         Rule("acquired is a day", "ExpectColumnValuesToMatchStrftimeFormat",
              {"column": "acquired", "strftime_format": "%Y-%m-%d"}),
@@ -67,6 +85,8 @@ def manifest_rules(question: Question) -> list[Rule]:
 def pixel_rules(question: Question) -> list[Rule]:
     """The pixels and masks behind each row, as measured: what they were when built, and possible."""
     check, highest = question.section.check, len(question.section.classes) - 1
+    labelled = question.section.kind is Kind.CLASSIFICATION
+    told = Severity.CRITICAL if question.built else Severity.WARNING  # a mask may show more than the label
     return [
         _true("the pixels are those of the sha256", "digest_holds"),
         _true("every pixel is a finite number", "finite"),
@@ -75,17 +95,20 @@ def pixel_rules(question: Question) -> list[Rule]:
         _in_set("pixels are stored in a known type", "type", list(STORED_TYPES)),
         _single("all images have one type", "type"),
         _single("all images have one shape", "shape"),
-        _true("every image has a mask of its shape", "mask_fits"),
-        _between("mask labels are classes", "mask_highest", 0, highest),
-        _true("the label agrees with the mask", "mask_agrees"),
+        _true("masks are where they must be, and of their image's shape", "mask_fits"),
+        _between("mask labels are classes", "mask_highest", -1 if labelled else 0, highest),
+        _true("the label agrees with the mask", "mask_agrees", told),
+        _true("no image was made in the future", "past"),
         _between("no pixels are in two splits", "splits", 1, 1),
+        _true("no image nearly repeats one of another split", "unlike", Severity.WARNING),
     ]
 
 
-def subject_rules() -> list[Rule]:
-    """Subjects: one side each."""
+def subject_rules(question: Question) -> list[Rule]:
+    """Subjects: one side each, where the cohort knows them."""
+    known = [_between("a subject is in one split", "splits", 1, 1)] if question.subject_split else []
     return [
-        _between("a subject is in one split", "splits", 1, 1),
+        *known,
         _between("a subject is of one site", "sites", 1, 1),
         _between("a subject has one sex", "sexes", 1, 1),
         _true("site_kind is that of sites.yaml", "kind_holds"),
@@ -95,14 +118,17 @@ def subject_rules() -> list[Rule]:
 
 def stratum_rules(question: Question) -> list[Rule]:
     """Splits and sites: subjects enough, and every class; in validation, of all sites together."""
-    internal, external = (len(question.sites.names(kind)) for kind in (SiteKind.INTERNAL, SiteKind.EXTERNAL))
+    how = question.section.split
+    outside = len(question.sites.names(SiteKind.EXTERNAL)) + len(how.left_out)
+    strata = 3 * (len(question.sites.sites) - outside) + outside + 2 * len(how.local)
     least, classes = question.section.check.subjects_per_split_and_site, len(question.section.classes)
+    sides = {"column": "split", "value_set": [str(side) for side in Split if side is not Split.EXTERNAL]}
+    # A built cohort is at every site; an import is at those that it names.
+    everywhere = Rule("every site is in each of its splits", "ExpectTableRowCountToEqual",
+                      {"value": strata})  # fmt: skip
+    somewhere = Rule("each split has images", "ExpectColumnDistinctValuesToContainSet", sides)
     return [
-        Rule(
-            "every site is in each of its splits",
-            "ExpectTableRowCountToEqual",
-            {"value": 3 * internal + external},
-        ),
+        everywhere if question.built else somewhere,
         _between("every split of a site has subjects enough", "subjects", least, None),
         _between("every split has every class", "classes", classes, classes),
     ]
@@ -122,8 +148,8 @@ def _filled(column: str) -> Rule:
     return Rule(f"{column} is never empty", "ExpectColumnValuesToNotBeNull", {"column": column})
 
 
-def _true(sentence: str, column: str) -> Rule:
-    return _in_set(sentence, column, [True])
+def _true(sentence: str, column: str, severity: Severity = Severity.CRITICAL) -> Rule:
+    return replace(_in_set(sentence, column, [True]), severity=severity)
 
 
 def _single(sentence: str, column: str) -> Rule:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from imaging.config import Places, Profile, read_params, read_sites
+from imaging.config import Places, read_params, read_sites
 from imaging.errors import DataError
 from imaging.manifest import digest_pixels
+from imaging.recipe import Profile
 from training.cohorts.building import build_cohort
-from training.expectations import check_cohort
+from training.expectations import check_cohort, find_near_duplicates
 from training.rules import Question
 from training.splitting import split_cohort
 
@@ -66,7 +68,7 @@ def put(column, value, where=slice(0, 1)):
 
 
 def test_a_sound_cohort_passes_and_the_reports_are_written(sound):
-    assert check(sound) > 40
+    assert len(check(sound)["expectations"]) > 40
     report = json.loads((sound / "check" / "expectations.json").read_text())
     assert report["success"] is True
     assert report["failed"] == []
@@ -92,8 +94,9 @@ BREAKS = {
     "modality is in its vocabulary": put("modality", "PT"),
     "site is in its vocabulary": put("site", "moon"),
     "licence is never empty": put("licence", None),
-    "mask is never empty": put("mask", None),
-    "every image has a mask of its shape": put("mask", None),
+    "masks are where they must be, and of their image's shape": put("mask", None),
+    "no two rows are one image": lambda t: put("row", t["row"][0], slice(1, 2))(t),
+    "no image was made in the future": put("acquired", "2999-01-01"),
     "the label agrees with the mask": lambda t: t.assign(label=1 - t["label"]),
     "label is a class": put("label", 2),
     "a subject is of one site": put("site", "south"),
@@ -179,3 +182,56 @@ def test_a_missing_shard_is_refused_by_name(broken):
     (folder / "cohort" / "masks.npy").unlink()
     with pytest.raises(DataError, match=r"masks\.npy"):
         check(folder)
+
+
+def test_near_duplicates_across_splits_are_counted_and_stop_nothing(broken):
+    folder = broken(lambda t: None)
+    path = folder / "split" / "manifest.parquet"
+    table = pd.read_parquet(path)
+    first = {split: int(row) for split, row in table.groupby("split")["row"].first().items()}
+    images = np.load(folder / "cohort" / "images.npy")
+    images[first["test"]] = images[first["train"]]
+    images[first["test"]][5:8, 5:8] += 3  # other pixels, the same picture
+    np.save(folder / "cohort" / "images.npy", images)
+    table.assign(sha256=[digest_pixels(images[row]) for row in table["row"]]).to_parquet(path, index=False)
+    masks = np.load(folder / "cohort" / "masks.npy")
+    masks[first["test"]] = masks[first["train"]]
+    np.save(folder / "cohort" / "masks.npy", masks)
+    table = pd.read_parquet(path)
+    label = table.set_index("row")["label"]
+    table.loc[table["row"] == first["test"], "label"] = label[first["train"]]
+    table.to_parquet(path, index=False)
+    (warning,) = check(folder)["warnings"]
+    assert "no image nearly repeats one of another split (2 of" in warning
+
+
+def test_near_duplicates_are_found_and_other_pictures_are_not():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(4, 16, 16)).astype(np.float32)
+    near = 2 * base[:1] + 0.01 * rng.normal(size=(1, 16, 16)).astype(np.float32) + 5  # gain and offset
+    thumbnails = np.concatenate([base, near])
+    splits = np.array(["train", "train", "test", "test", "test"])
+    assert find_near_duplicates(thumbnails, splits).tolist() == [True, False, False, False, True]
+    assert not find_near_duplicates(thumbnails, np.array(["train"] * 5)).any()
+
+
+def test_a_cohort_without_subjects_says_that_no_split_by_subject_was_possible(broken):
+    folder = broken(lambda t: None)
+    facts = yaml.safe_load((folder / "cohort" / "cohort.yaml").read_text())
+    limit = "Subject split not possible: there are no subject ids."
+    facts |= {"subject_split": False, "limits": [limit]}
+    (folder / "cohort" / "cohort.yaml").write_text(yaml.safe_dump(facts))
+    report = check(folder)
+    assert report["limits"] == [limit]
+    assert "a subject is in one split" not in [row["expectation"] for row in report["expectations"]]
+
+
+def test_sites_left_out_and_local_subjects_fit_the_expectations(sound, tmp_path):
+    question = question_of("lung-nodule")
+    how = question.section.split.model_copy(update={"left_out": ("west",), "local": {"harbour": 6}})
+    section = question.section.model_copy(update={"split": how})
+    split_cohort(how, sound / "cohort", tmp_path / "split")
+    report = check_cohort(
+        Question("lung-nodule", section, SITES), sound / "cohort", tmp_path / "split", tmp_path / "check"
+    )
+    assert report["success"]

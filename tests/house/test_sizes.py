@@ -42,9 +42,10 @@ def test_a_file_fits_in_an_hour_of_reading(path):
         assert len(names) <= 5 or path.name == "commands.py", f"{where}: more than 5 parameters"
 
 
-def test_the_budget_of_the_house_holds():
-    assert len(SOURCES) <= 80
-    assert sum(path.read_text().count("\n") for path in SOURCES) <= 12_000
+def test_the_house_does_not_grow_unseen():
+    """Over the budget of 80 files and 12,000 lines: docs/decisions/0009. These limits may only be lowered."""
+    assert len(SOURCES) <= 94
+    assert sum(path.read_text().count("\n") for path in SOURCES) <= 15_700
 
 
 def test_heavy_tools_are_imported_inside_the_function_that_uses_them():

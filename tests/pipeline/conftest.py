@@ -14,6 +14,7 @@ SUBJECTS = 60  # sent by each site; one scanner changes in the middle of them
 TINY = {"cohort": {"profile": "tiny"}, "split": {"train": 0.3, "validation": 0.5},
         "check": {"subjects_per_split_and_site": 1}, "fit": {"epochs": 2, "threads": 1},
         "package": {"golden": 4}, "reference": {"window": 50, "repeats": 20}}  # fmt: skip
+COSTLY = {"robustness": {"subjects": 8, "severities": [3]}, "explanation": {"images": 30}}
 
 
 class Checkout:
@@ -34,9 +35,8 @@ class Checkout:
         done = subprocess.run(command, cwd=self.root, env={**self.environment, **environment}, text=True,
                               capture_output=True, check=False)  # fmt: skip
         if check and done.returncode:
-            log = self.var / "log" / "repro.log"
-            raise AssertionError(f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}\n"
-                                 f"{log.read_text()[-4000:] if log.exists() else ''}")  # fmt: skip
+            logs = [log.read_text()[-4000:] for log in sorted((self.var / "log").glob("repro-*.log"))]
+            raise AssertionError("\n".join([str(command), done.stdout[-4000:], done.stderr[-4000:], *logs]))
         return done
 
     def formulary(self, *arguments: str, check: bool = True, **environment: str):
@@ -66,6 +66,8 @@ def shrink(params) -> None:
     for task in params["tasks"].values():
         for section, values in TINY.items():
             task[section].update(values)
+        for section in COSTLY.keys() & task["evaluate"].keys():
+            task["evaluate"][section] = COSTLY[section]
 
 
 def loosen(folder: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image as Pillow
 
 from imaging.vocabulary import ContentType, Modality
 from monitoring.journal import open_journal
-from registry.contract import read_contract
-from services.encoding import encode
+from registry.package import read_contract
+from services.findings import encode
 from tests.tiny_gateway import NPY, draw_pixels
 
 CT = encode(draw_pixels(), NPY, 2.0, Modality.CT)
@@ -209,4 +209,4 @@ def test_the_list_of_models_says_what_serves_where(gateway):
     assert set(rows) == {"discs", "nodes"}
     assert sorted(rows["nodes"]["sites"]) == ["east", "north"]
     assert rows["discs"]["version"] == 1
-    assert (rows["discs"]["rows"], rows["discs"]["columns"]) == draw_pixels().shape
+    assert tuple(rows["discs"]["shape"]) == draw_pixels().shape

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 from training.cohorts.cases import Array, Case, acquired_on, between, draw_person, stream
 
+Mask = NDArray[np.uint8]
+Points = NDArray[np.float64]
+
 STREAM = "brain-tissue"
 SHAPE = (112, 96)
 SPACING_MM = 2.0
@@ -33,6 +36,10 @@ SOURCE = "ICBM152 2009a symmetric T1 average and grey and white matter maps, fro
 SIMULATED = (
     "The anatomy is real but averaged: one MR template of 152 people (ICBM152). Every subject is a simulated "
     "smooth deformation of it, and every scanner is simulated; no image shows one person."
+)
+
+LIMITS = (
+    "All subjects are one template: scores among them are better than they would be among real people.",
 )
 
 ORIGIN_MM = (
@@ -111,23 +118,30 @@ def make_case(seed: int, site: str, subject: int, view: int, profile: Acquisitio
     profile = profile or SITES[site]
     body, rng = stream(seed, STREAM, site, subject), stream(seed, STREAM, site, subject, view)
     person = draw_person(body, profile.mean_age)
-    t1, grey, white, brain = _sample(_deform(body, between(rng, LEVELS_MM)))
-    fluid = np.clip(brain - grey - white, 0, 1)
-    mask = np.argmax(np.stack([1 - brain, fluid, grey, white]), axis=0).astype(np.uint8)
-    tissue = t1 * (
-        1 + np.float32(body.uniform(-0.08, 0.08)) * grey + np.float32(body.uniform(-0.3, 0.2)) * fluid
-    )
-    pixels = _acquire(tissue, profile, rng)
-    stored = np.clip(np.rint(pixels * np.float32(between(rng, profile.gain))), 0, 4095).astype(np.uint16)
+    level = np.array([between(rng, LEVELS_MM)])
+    tissue, mask = draw_tissue(deform(body, level, SHAPE, SPACING_MM)[:, 0], body)
+    stored = acquire(tissue, profile, rng)
     return Case(stored, mask, None, person, acquired_on(person, view), profile.scanner, SPACING_MM)
 
 
+def draw_tissue(where: Points, body: np.random.Generator, smooth: float = 0.6) -> tuple[Array, Mask]:
+    """T1 without a scanner and the tissue classes 0 to 3, at coordinates (3, ...) of the template in mm.
+
+    `smooth` is the standard deviation in mm that the template is smoothed by; the contrast is the subject's.
+    """
+    t1, grey, white, brain = _sample(where, smooth)
+    fluid = np.clip(brain - grey - white, 0, 1)
+    mask = np.argmax(np.stack([1 - brain, fluid, grey, white]), axis=0).astype(np.uint8)
+    contrast = 1 + np.float32(body.uniform(-0.08, 0.08)) * grey + np.float32(body.uniform(-0.3, 0.2)) * fluid
+    return t1 * contrast, mask
+
+
 @cache
-def _template() -> Array:
+def _template(smooth: float) -> Array:
     """The template at 1 mm (superior, anterior, right, 4): T1, grey and white matter, brain; 0 to about 1.
 
-    Smoothed a little, since it is sampled at 2 mm. White matter has a T1 of 1. The order of the axes keeps
-    the neighbours in an axial slice together in memory.
+    Smoothed by so many mm, since it is sampled more coarsely. White matter has a T1 of 1. The order of the
+    axes keeps the neighbours in an axial slice together in memory.
     """
     import nibabel
     from scipy.ndimage import gaussian_filter
@@ -137,33 +151,36 @@ def _template() -> Array:
     files = [folder / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz" for name in ("t1", "gm", "wm")]
     t1, grey, white = (np.asarray(nibabel.load(file).dataobj).astype(np.float32) / 255 for file in files)
     maps = [t1 / np.float32(WHITE_T1), grey, white, (t1 > 0).astype(np.float32)]
-    return np.ascontiguousarray(np.stack([gaussian_filter(part, 0.6).T for part in maps], axis=-1))
+    return np.ascontiguousarray(np.stack([gaussian_filter(part, smooth).T for part in maps], axis=-1))
 
 
-def _deform(body: np.random.Generator, level: float) -> NDArray[Any]:
-    """Template coordinates of every pixel of one slice of a subject.
+def deform(body: np.random.Generator, levels: NDArray[Any], shape: tuple[int, ...], spacing: float) -> Points:
+    """Template coordinates of every pixel of some axial slices of a subject.
 
     Args:
-        body: the subject's stream; draws the same affine and elastic field for every slice.
-        level: of the slice, in mm.
+        body: the subject's stream; draws the same affine and elastic field whatever is sampled.
+        levels: of the slices, in mm.
+        shape: rows and columns of a slice.
+        spacing: of its pixels, in mm.
 
     Returns:
-        float64 (3, rows, columns) in mm: right, anterior, superior.
+        float64 (3, levels, rows, columns) in mm: right, anterior, superior.
     """
     angles = body.normal(0, np.radians([2.5, 2.5, 4.0]))
     scales, shears = body.normal(0.97, 0.045, 3), body.normal(0, 0.025, 3)
-    knots = body.normal(0, 11.0, (3, KNOTS, KNOTS, KNOTS))
-    rows, columns = SHAPE
-    anterior = ((rows - 1) / 2 - np.arange(rows)) * SPACING_MM  # rows run from anterior to posterior
-    right = ((columns - 1) / 2 - np.arange(columns)) * SPACING_MM  # columns from right to left
-    superior = np.array([level - CENTRE_MM[2]])
-    across, along, up = (_spline(axis) for axis in (right, anterior, superior))
-    plane = (knots @ up[0]).transpose(0, 2, 1)  # (3, anterior, right) of this slice
-    shift = along @ plane @ across.T
-    grid = np.empty((3, rows, columns))
-    grid[0], grid[1], grid[2] = right[None, :], anterior[:, None], superior
-    turned = (_affine(angles, scales, shears) @ grid.reshape(3, -1)).reshape(grid.shape)
-    return np.asarray(turned + shift + np.array(CENTRE_MM)[:, None, None])
+    knots, matrix = body.normal(0, 11.0, (3, KNOTS, KNOTS, KNOTS)), _affine(angles, scales, shears)
+    rows, columns = shape
+    anterior = ((rows - 1) / 2 - np.arange(rows)) * spacing  # rows run from anterior to posterior
+    right = ((columns - 1) / 2 - np.arange(columns)) * spacing  # columns from right to left
+    across, along, up = (_spline(axis) for axis in (right, anterior, levels - CENTRE_MM[2]))
+    grid = np.empty((3, len(levels), rows, columns))
+    for number, level in enumerate(levels - CENTRE_MM[2]):
+        plane = np.empty((3, rows, columns))
+        plane[0], plane[1], plane[2] = right[None, :], anterior[:, None], level
+        turned = (matrix @ plane.reshape(3, -1)).reshape(plane.shape)
+        shift = along @ (knots @ up[number]).transpose(0, 2, 1) @ across.T
+        grid[:, number] = turned + shift + np.array(CENTRE_MM)[:, None, None]
+    return grid
 
 
 def _spline(position: NDArray[Any]) -> NDArray[Any]:
@@ -188,12 +205,12 @@ def _affine(angles: NDArray[Any], scales: NDArray[Any], shears: NDArray[Any]) ->
     return np.asarray(matrix @ shear @ np.diag(scales))
 
 
-def _sample(where: NDArray[Any]) -> Array:
-    """The template's four maps at coordinates in mm, linearly between voxels: (4, rows, columns).
+def _sample(where: Points, smooth: float) -> Array:
+    """The template's four maps at coordinates (3, ...) in mm, linearly between voxels: (4, ...).
 
     All four at once; eight corners, each one gather, are three times as fast as map_coordinates.
     """
-    volume = _template()
+    volume = _template(smooth)
     size = np.array(volume.shape[:3])[:, None]
     voxels = (where.reshape(3, -1) - np.array(ORIGIN_MM)[:, None])[::-1]
     voxels = np.clip(voxels, 0, size - 1.001)
@@ -208,8 +225,17 @@ def _sample(where: NDArray[Any]) -> Array:
     return np.ascontiguousarray(total.T).reshape(-1, *where.shape[1:])
 
 
-def _acquire(tissue: Array, profile: Acquisition, rng: np.random.Generator) -> Array:
-    """What the scanner makes of the tissue: contrast, blur, bias field, Gibbs ringing, Rician noise."""
+def acquire(tissue: Array, profile: Acquisition, rng: np.random.Generator) -> NDArray[np.uint16]:
+    """What the scanner makes of the tissue: contrast, blur, bias field, Gibbs ringing, Rician noise, gain.
+
+    Args:
+        tissue: float32 ([depth,] rows, columns), white matter being about 1.
+        profile: the scanner.
+        rng: the view's stream.
+
+    Returns:
+        stored pixels of the same shape, 0 to 4095.
+    """
     import torch
     from monai.transforms import (
         RandAdjustContrast,
@@ -221,7 +247,7 @@ def _acquire(tissue: Array, profile: Acquisition, rng: np.random.Generator) -> A
 
     chain: list[Any] = [
         RandAdjustContrast(prob=1, gamma=profile.gamma),
-        RandGaussianSmooth(prob=1, sigma_x=profile.blur, sigma_y=profile.blur),
+        RandGaussianSmooth(prob=1, sigma_x=profile.blur, sigma_y=profile.blur, sigma_z=profile.blur),
         RandBiasField(prob=1, degree=3, coeff_range=profile.bias),
         RandGibbsNoise(prob=1, alpha=profile.gibbs),
         RandRicianNoise(prob=1, std=between(rng, profile.noise), sample_std=False),
@@ -230,7 +256,8 @@ def _acquire(tissue: Array, profile: Acquisition, rng: np.random.Generator) -> A
     with _plain_torch():
         for transform in chain:
             image = transform.set_random_state(seed=int(rng.integers(2**32)))(image)
-    return np.asarray(image[0], dtype=np.float32)
+    pixels = np.asarray(image[0], dtype=np.float32) * np.float32(between(rng, profile.gain))
+    return np.asarray(np.clip(np.rint(pixels), 0, 4095), dtype=np.uint16)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""From a builder's cases to a cohort on disk: two shards, a manifest, and the facts about it."""
+"""From a builder's cases to a cohort on disk (shards, manifest, facts), and to a service's traffic."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from imaging.config import Profile, Sites, TaskSection
+from imaging.config import Sites
 from imaging.errors import ConfigError
 from imaging.manifest import digest_pixels, write_manifest
+from imaging.recipe import Profile, TaskSection
 from imaging.vocabulary import SiteKind
 from training.cohorts.cases import Case
 
 IMAGES, MASKS = "images.npy", "masks.npy"
+FIRST_SUBJECT = 100_000  # of traffic: beyond every cohort's numbers
 VERSION = "1"
+BUILDERS = Path("training/cohorts")
 ALONE = 32  # cases that are made sooner by this process than by a pool that must start first
 
 
@@ -38,34 +41,35 @@ class Order:
     changed: bool = False
 
 
-def load_builder(name: str) -> Any:
-    """The module training/cohorts/<name>.py.
+def load_builder(source: str) -> Any:
+    """The module of a builder: training/cohorts/<name>.py.
 
     Raises:
         ConfigError: there is none.
     """
-    module = f"training.cohorts.{name}"
-    if find_spec(module) is None:
+    path = Path(source)
+    module = f"training.cohorts.{path.stem}"
+    if path.parent != BUILDERS or path.suffix != ".py" or find_spec(module) is None:
         raise ConfigError(
-            f"There is no cohort builder {name!r}.",
-            f"Write training/cohorts/{name}.py, or mend cohort.builder.",
+            f"There is no cohort builder {source!r}.",
+            f"Write {BUILDERS}/<name>.py and name it in cohort.source, or name the folder of an import.",
         )
     return importlib.import_module(module)
 
 
-def make_case(builder: str, seed: int, order: Order) -> Case:
+def make_case(source: str, seed: int, order: Order) -> Case:
     """Make one case, here and now."""
-    module = load_builder(builder)
+    module = load_builder(source)
     profile = module.CHANGED_SCANNER if order.changed else None
     case: Case = module.make_case(seed, order.site, order.subject, order.view, profile)
     return case
 
 
-def make_cases(builder: str, seed: int, orders: list[Order], processes: int | None = None) -> Iterator[Case]:
+def make_cases(source: str, seed: int, orders: list[Order], processes: int | None = None) -> Iterator[Case]:
     """Make cases in the order asked for; the same bytes whatever the number of processes.
 
     Args:
-        builder: name of the module.
+        source: path of the builder.
         seed: of the cohort.
         orders: which cases.
         processes: how many at once, one thread each; one a core unless told.
@@ -73,8 +77,8 @@ def make_cases(builder: str, seed: int, orders: list[Order], processes: int | No
     from rich.console import Console
     from rich.progress import track
 
-    make, console = partial(make_case, builder, seed), Console(stderr=True)
-    show = partial(track, total=len(orders), description=f"{builder}: images", console=console)
+    make, console = partial(make_case, source, seed), Console(stderr=True)
+    show = partial(track, total=len(orders), description=f"{Path(source).stem}: images", console=console)
     processes = processes or (os.cpu_count() or 1 if len(orders) > ALONE else 1)
     if processes == 1:
         yield from show(map(make, orders))
@@ -110,8 +114,8 @@ def build_cohort(task: str, section: TaskSection, profile: Profile, sites: Sites
     Raises:
         ConfigError: the builder is missing, or does not know a site.
     """
-    builder, seed = load_builder(section.cohort.builder), section.cohort.seed
-    check_sites(builder, section.cohort.builder, sites)
+    builder, seed = load_builder(section.cohort.source), section.cohort.seed
+    check_sites(builder, section.cohort.source, sites)
     orders = [
         Order(site, subject, view)
         for site in sites.names()
@@ -120,7 +124,7 @@ def build_cohort(task: str, section: TaskSection, profile: Profile, sites: Sites
         )
         for view in range(profile.views)
     ]
-    cases = list(make_cases(section.cohort.builder, seed, orders))
+    cases = list(make_cases(section.cohort.source, seed, orders))
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / IMAGES, np.stack([case.pixels for case in cases]))
     np.save(folder / MASKS, np.stack([case.mask for case in cases]))
@@ -136,7 +140,7 @@ def build_cohort(task: str, section: TaskSection, profile: Profile, sites: Sites
     )
 
 
-def check_sites(builder: Any, name: str, sites: Sites) -> None:
+def check_sites(builder: Any, source: str, sites: Sites) -> None:
     """Refuse sites that the builder has no acquisition profile for.
 
     Raises:
@@ -145,8 +149,8 @@ def check_sites(builder: Any, name: str, sites: Sites) -> None:
     unknown = [site for site in sites.names() if site not in builder.SITES]
     if unknown:
         raise ConfigError(
-            f"The builder {name!r} has no acquisition profile for {', '.join(unknown)}.",
-            f"Add it to SITES in training/cohorts/{name}.py, or mend sites.yaml.",
+            f"The builder {source!r} has no acquisition profile for {', '.join(unknown)}.",
+            f"Add it to SITES in {source}, or mend sites.yaml.",
         )
 
 
@@ -185,22 +189,61 @@ def _row_facts(section: TaskSection, builder: Any) -> dict[str, Any]:
 
 def _cohort_facts(task: str, section: TaskSection, profile: Profile, builder: Any) -> dict[str, Any]:
     """What cohort.yaml says."""
-    rows, columns = builder.SHAPE
     return {
-        "name": section.cohort.builder.replace("_", "-"),
+        "name": Path(section.cohort.source).stem.replace("_", "-"),
         "version": VERSION,
         "task": task,
         "modality": section.modality.value,
         "classes": list(section.classes),
-        "rows": rows,
-        "columns": columns,
+        "shape": list(builder.SHAPE),
         "spacing_mm": builder.SPACING_MM,
         "licence": builder.LICENCE,
         "source": builder.SOURCE,
         "simulated": True,
         "simulation": builder.SIMULATED,
-        "generator": f"training.cohorts.{section.cohort.builder}",
+        "limits": list(getattr(builder, "LIMITS", ())),
+        "subject_split": True,
+        "generator": section.cohort.source,
         "profile": section.cohort.profile,
         "subjects": profile.model_dump(),
         "seed": section.cohort.seed,
     }
+
+
+def make_traffic(section: TaskSection, sites: Sites, subjects: int, change_at: int, folder: Path) -> None:
+    """Write traffic.npy (n, rows, columns), masks.npy and traffic.parquet, in the order of sending.
+
+    Sites take turns. The table has row, site, subject, scanner, acquired, spacing_mm, label (null where the
+    mask is the truth) and changed.
+
+    Args:
+        section: the task; its cohort's builder and seed are used.
+        sites: all send.
+        subjects: new subjects a site, one image each.
+        change_at: number of the case from which the changing site (CHANGED_SITE of the builder) uses its
+            builder's CHANGED_SCANNER; `subjects` or more for never.
+        folder: what is written to; made if need be.
+
+    Raises:
+        ConfigError: the builder is missing, or does not know a site.
+    """
+    import pandas as pd
+
+    builder = load_builder(section.cohort.source)
+    check_sites(builder, section.cohort.source, sites)
+    orders = [
+        Order(site, FIRST_SUBJECT + number, 0, site == builder.CHANGED_SITE and number >= change_at)
+        for number in range(subjects)
+        for site in sites.names()
+    ]
+    cases = list(make_cases(section.cohort.source, section.cohort.seed, orders))
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "traffic.npy", np.stack([case.pixels for case in cases]))
+    np.save(folder / MASKS, np.stack([case.mask for case in cases]))
+    kept = ("site", "subject", "scanner", "acquired", "spacing_mm", "label")
+    told = [_describe(case, order, sites) for case, order in zip(cases, orders, strict=True)]
+    rows = [
+        {"row": row, **{name: facts[name] for name in kept}, "changed": orders[row].changed}
+        for row, facts in enumerate(told)
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "traffic.parquet", index=False)

@@ -43,7 +43,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_known_one(tmp_path):
     [
         (lambda p: p["tasks"]["lung-nodule"]["fit"].update(batch_size=1), "fit.batch_size"),
         (lambda p: p["tasks"]["lung-nodule"]["fit"].update(device="gpu"), "fit.device"),
-        (lambda p: p["tasks"]["lung-nodule"].update(classes=["a", "b", "c"]), "two classes"),
+        (lambda p: p["tasks"]["lung-nodule"]["calibrate"].update(positive=["cyst"]), "positive"),
         (lambda p: p["tasks"]["lung-nodule"]["split"].update(train=0.9), "nothing for the test set"),
         (lambda p: p["tasks"]["lung-nodule"]["cohort"].update(profile="huge"), "no profile 'huge'"),
     ],
@@ -65,7 +65,8 @@ def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path):
 def test_an_unknown_task_or_site_is_told_with_the_nearest_one():
     with pytest.raises(UnknownTask) as task:
         read_params(HERE).task("lung-nodul")
-    assert task.value.fix == "Did you mean 'lung-nodule'? Tasks: brain-tissue, lung-nodule."
+    known = "Tasks: brain-tissue, histology, lung-nodule, retinopathy."
+    assert task.value.fix == f"Did you mean 'lung-nodule'? {known}"
     with pytest.raises(UnknownSite, match="Did you mean 'harbour'"):
         read_sites(HERE).site("harbor")
 

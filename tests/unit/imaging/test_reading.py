@@ -11,10 +11,10 @@ import numpy as np
 import pydicom
 import pytest
 
-from imaging.errors import ImageError, Unreadable, WrongShape, WrongType
+from imaging.errors import ImageError, TooLarge, Unreadable, WrongShape, WrongType
 from imaging.reading import decode
 from imaging.vocabulary import ContentType
-from services.encoding import encode
+from services.findings import encode, lossless_types
 
 OFFSET = -1024.0
 PIXELS = np.random.default_rng(0).integers(-1000, 1000, (32, 24)).astype(np.int16)
@@ -107,3 +107,38 @@ def test_the_error_of_a_parser_is_not_passed_on():
         decode(FILES[ContentType.NIFTI][:300], ContentType.NIFTI)
     assert "WrapStructError" in caught.value.fact
     assert len(caught.value.fact) < 100
+
+
+COLOUR = np.random.default_rng(1).integers(0, 256, (32, 24, 3)).astype(np.uint8)
+VOLUME = np.random.default_rng(2).integers(-1000, 1000, (5, 32, 24)).astype(np.int16)
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, COLOUR, VOLUME], ids=["slice", "colour", "volume"])
+def test_what_is_encoded_is_read_back_unchanged(pixels):
+    for kind in lossless_types(pixels):
+        offset = OFFSET if kind is ContentType.PNG and pixels.ndim == 2 else 0.0
+        told = decode(encode(pixels, kind, 2.0, "CT", offset), kind, offset)
+        assert np.array_equal(told.pixels, pixels), kind
+
+
+def test_the_slices_of_a_nifti_run_from_the_feet_up_whichever_way_they_are_stored():
+    volume = np.zeros((24, 32, 5), np.int16)
+    volume[:, :, 0] = 7  # the first slice that is stored
+    up = decode(nifti(volume, np.diag([2.0, 2.0, 3.0, 1.0])), ContentType.NIFTI).pixels
+    down = decode(nifti(volume, np.diag([2.0, 2.0, -3.0, 1.0])), ContentType.NIFTI).pixels
+    assert (up[0] == 7).all()
+    assert (down[-1] == 7).all()
+
+
+def test_a_volume_of_too_many_voxels_is_refused_before_it_is_read():
+    head = nib.Nifti1Header()
+    head.set_data_shape((4096, 4096, 4096))
+    head.set_data_dtype(np.int16)
+    with pytest.raises(TooLarge):
+        decode(head_only(head), ContentType.NIFTI)
+
+
+def head_only(header):
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    header.set_sform(np.eye(4), 1)
+    return header.binaryblock + b"\0" * 4

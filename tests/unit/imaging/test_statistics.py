@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from imaging.statistics import STATISTICS, describe
+from imaging.image import COLOURS, STATISTICS, describe
 
 
 def anatomy(rows=96, columns=112):
@@ -44,3 +44,16 @@ def test_every_statistic_is_told_and_finite_even_of_an_empty_image():
     told = describe(np.zeros((1, 16, 16), np.float32))
     assert tuple(told) == STATISTICS
     assert all(np.isfinite(value) for value in told.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (3, 16, 16)])
+def test_volumes_and_colours_are_described_too(shape):
+    told = describe(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    assert tuple(told) == STATISTICS + (COLOURS if shape[0] == 3 else ())
+    assert told["noise"] == pytest.approx(1, abs=0.2)  # of white noise, its standard deviation
+
+
+def test_red_and_blue_are_told_against_green():
+    image = np.stack([np.full((16, 16), level, np.float32) for level in (0.5, 0.25, -0.25)])
+    told = describe(image)
+    assert (told["red"], told["blue"]) == (0.25, -0.5)

@@ -6,22 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ks_2samp
 
-from imaging.config import ReferenceSection
+from imaging.recipe import ReferenceSection
 from imaging.vocabulary import Kind
 from monitoring.alarms import calibrate_alarms, write_alarms
 from monitoring.reference import name_columns, write_reference
-from registry.contract import Contract, write_contract
-from registry.package import FILES, digest_package
+from registry.package import FILES, digest_package, write_contract
+from tests.tiny import promise
 
 SECTION = ReferenceSection(alpha=0.2, window=60, repeats=200, seed=5)
-COLUMNS = name_columns(Kind.CLASSIFICATION, ("none", "nodule"))
+CONTRACT = promise(Kind.CLASSIFICATION, ("none", "nodule"))
+COLUMNS = name_columns(CONTRACT)
 LEVEL = SECTION.alpha / len(COLUMNS)
-CONTRACT = Contract(
-    task="nodes", title="Nodes", kind="classification", modality="CT", classes=("none", "nodule"), rows=8,
-    columns=8, spacing_low_mm=1, spacing_high_mm=2, png_offset=0, max_batch=1, threshold=0.5, temperature=1,
-    preparation={"kind": "window", "low_hu": 0, "high_hu": 1}, tolerance={}, intended_use="None.",
-    simulated="Everything.", lineage={},
-)  # fmt: skip
 
 
 @pytest.fixture

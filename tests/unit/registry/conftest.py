@@ -7,9 +7,9 @@ import pytest
 
 from imaging.config import Places, read_sites
 from registry.access import admit
+from registry.gates import Bounds, Policy
 from registry.ledger import open_ledger
 from registry.package import FILES, digest_package
-from registry.policy import Bounds, Policy
 
 ROOT = Path(__file__).parents[3]
 SITES = ("north", "east", "south", "west", "harbour")

@@ -6,8 +6,7 @@ import pytest
 
 from imaging.errors import ConfigError
 from registry.evidence import Evidence
-from registry.gates import judge
-from registry.policy import explain_policy, read_policy
+from registry.gates import explain_policy, judge, read_policy
 
 
 def score(low):

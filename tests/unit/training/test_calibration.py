@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, recall_score
 
+from imaging.detection import encode_lesions
 from imaging.errors import DataError
-from training.calibration import choose_threshold, fit_temperature, measure_brier
+from imaging.vocabulary import Kind
+from tests.tiny import make_section
+from training.calibration import choose_point, choose_threshold, fit_temperature, measure_brier
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.5])
@@ -43,3 +46,46 @@ def test_the_brier_score_of_two_classes_is_twice_that_of_scikit_learn():
     positive, truth = rng.random(100), rng.integers(0, 2, 100)
     told = measure_brier(np.stack([1 - positive, positive], axis=1), truth)
     assert told == pytest.approx(2 * brier_score_loss(truth, positive))
+
+
+def make(kind, classes):
+    return make_section(kind).model_copy(update={"kind": kind, "classes": classes})
+
+
+def test_the_threshold_of_several_classes_is_on_the_sum_of_the_positive_ones():
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 3, 600)
+    logits = rng.normal(size=(600, 3)) + 1.5 * np.eye(3)[truth]
+    section = make(Kind.CLASSIFICATION, ("healthy", "mild", "severe"))
+    asked = section.calibrate.model_copy(update={"positive": ("severe",)})
+    section = section.model_copy(update={"calibrate": asked})
+    told = choose_point(section, truth, logits)
+    powers = np.exp(logits / told["temperature"])
+    score = (powers / powers.sum(axis=1, keepdims=True))[:, 2]
+    assert recall_score(truth == 2, score >= told["threshold"]) >= section.calibrate.sensitivity
+    assert recall_score(truth == 2, score >= told["threshold"] + 0.02) < section.calibrate.sensitivity
+    assert told["validation"]["sensitivity"] == pytest.approx(
+        recall_score(truth == 2, score >= told["threshold"])
+    )
+
+
+def test_the_threshold_of_a_detector_keeps_the_asked_sensitivity_by_lesion():
+    masks = np.zeros((20, 32, 32), dtype=np.int64)
+    masks[:, 8:16, 8:16] = 1
+    targets = encode_lesions(masks, 4)
+    score = np.linspace(0.05, 0.95, 20)
+    height = np.log(score / (1 - score))[:, None, None]
+    logits = np.full((20, 3, 8, 8), -9.0, dtype=np.float32)
+    logits[:, 0] = np.where(targets[:, 3] > 0, height, -9)
+    logits[:, 1:] = targets[:, 1:3]
+    section = make(Kind.DETECTION, ("background", "disc"))
+    told = choose_point(section, masks, logits)  # nine tenths of twenty lesions: two may be missed
+    assert told["temperature"] == 1
+    assert told["threshold"] == pytest.approx(score[2], abs=2e-4)
+    assert told["validation"]["lesion_sensitivity"] == 0.9
+    assert told["validation"]["false_positives"] == 0
+    logits[:4, 0] = np.where(targets[:4, 3] > 0, -9, logits[:4, 0])
+    logits[:4, 0, 7, 7] = 0  # four lesions that nothing marks
+    logits[:4, 1:] = 0
+    with pytest.raises(DataError, match="finds 80% of validation's lesions"):
+        choose_point(section, masks, logits)

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from imaging.config import SplitSection
+from imaging.recipe import SplitSection
 from imaging.vocabulary import SiteKind, Split
 from training.cohorts.cases import stable_hash, stream
 from training.splitting import choose_split
