@@ -34,7 +34,7 @@ def draw_case(kind, rng):
     distance = np.hypot(y - rng.integers(12, 20), x - rng.integers(12, 20))
     label = int(rng.random() < 0.5)
     mask = np.where(distance < 5, 1, np.where(distance < 8, 2, 0)).astype(np.uint8)
-    if kind is Kind.CLASSIFICATION:
+    if kind is not Kind.SEGMENTATION:
         mask = ((distance < 5) & bool(label)).astype(np.uint8)
     level = np.array([0.0, 300.0, 150.0])[mask] - 600
     return (level + rng.normal(0, 60, mask.shape)).astype(np.int16), mask, label
@@ -56,7 +56,7 @@ def write_cohort(places, task, kind, subjects=24):
                     "sha256": digest_pixels(pixels), "subject": f"{site}-{number:04d}", "site": site,
                     "site_kind": "external" if site == "harbour" else "internal", "scanner": "drawn",
                     "acquired": "2024-01-01", "age_band": "40-59", "sex": "F", "modality": "CT",
-                    "spacing_mm": 2.0, "label": label if kind is Kind.CLASSIFICATION else None,
+                    "spacing_mm": 2.0, "label": label if kind is not Kind.SEGMENTATION else None,
                     "licence": "none", "redistributable": site != "north", "simulated": True,
                 })  # fmt: skip
                 images.append(pixels)
@@ -78,9 +78,12 @@ def describe_task(kind):
     task = yaml.safe_load((ROOT / "params.yaml").read_text())["tasks"]["lung-nodule"]
     cnn = {"name": "cnn", "channels": [4, 8], "dropout": 0.0}
     unet = {"name": "unet", "channels": [4, 8, 8], "dropout": 0.0}
+    detector = {"name": "detector", "channels": [8, 16, 16], "dropout": 0.0}
+    networks = {Kind.CLASSIFICATION: cnn, Kind.SEGMENTATION: unet, Kind.DETECTION: detector}
     segments = kind is Kind.SEGMENTATION
     task |= {"kind": str(kind), "classes": ["background", "disc", "rim"] if segments else ["none", "disc"]}
-    task["fit"] |= {"architecture": unet if segments else cnn, "epochs": 3, "batch_size": 8,
+    epochs = 12 if kind is Kind.DETECTION else 3
+    task["fit"] |= {"architecture": networks[kind], "epochs": epochs, "batch_size": 8,
                     "learning_rate": 0.02, "threads": 1, "device": "cpu"}  # fmt: skip
     task["package"] |= {"golden": 4, "max_batch": 16}
     task["cohort"] |= {"profile": "tiny"}
