@@ -15,6 +15,7 @@ from imaging.image import Image
 from imaging.vocabulary import ContentType
 
 MAX_PIXELS = 4096 * 4096
+TILTED = 0.2  # radians; DICOM is held to about the same
 LITTLE_ENDIAN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 SUFFIXES = {
     ".png": ContentType.PNG,
@@ -83,6 +84,8 @@ def _read_png(body: bytes, offset: float) -> Image:
             raise WrongType(
                 f"The PNG has mode {picture.mode}.", "Send 8 or 16 bit greyscale, or 8 bit RGB; no alpha."
             )
+        if picture.mode == "RGB" and any(";16" in str(part) for part in picture.tile):
+            raise WrongType("The PNG has 16 bit a colour.", "Send 8 bit RGB; half of it would be lost.")
         if offset and picture.mode in ("L", "RGB"):
             raise WrongType(
                 "An 8 bit PNG cannot hold Hounsfield units.",
@@ -127,6 +130,8 @@ def _read_nifti(body: bytes) -> Image:
     _bounded(*volume.shape)
     if volume.get_data_dtype().kind not in "iuf":
         raise WrongType(f"The NIfTI holds {volume.get_data_dtype()}.", "Send integers or floats.")
+    if not (int(volume.header["sform_code"]) or int(volume.header["qform_code"])):
+        raise WrongShape("The NIfTI does not say how it lies.", "Set its sform or qform.")
     flips, spacing = _axial(np.asarray(volume.affine))
     pixels = np.asarray(volume.dataobj, dtype=np.float32).reshape((*volume.shape, 1)[:3])
     turned = np.flip(pixels, tuple(axis for axis in range(3) if flips[axis])).T
@@ -144,6 +149,8 @@ def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool, bool], tuple[float, fl
             "Send axial slices: i left-right, j front-back.",
         )
     sizes = np.linalg.norm(affine[:3, :2], axis=0)
+    if np.max(nib.affines.obliquity(affine)) > TILTED:
+        raise WrongShape("The NIfTI lies oblique.", "Resample it to the scanner's axes first.")
     return (codes[0] == "R", codes[1] == "A", codes[2] == "I"), (float(sizes[1]), float(sizes[0]))
 
 

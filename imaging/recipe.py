@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from imaging.preparation import Preparation
 from imaging.vocabulary import Corruption, Kind, Modality
+
+
+def _check_path(path: str) -> str:
+    if ".." in path.split("/") or not path.endswith(".safetensors"):
+        raise ValueError("name a .safetensors file, without steps upwards")
+    return path
+
+
+WeightsPath = Annotated[str, AfterValidator(_check_path)]
 
 
 class Section(BaseModel):
@@ -79,7 +88,7 @@ class Architecture(Section):
     channels: tuple[int, ...] = Field(default=(16, 32, 64, 96), min_length=1, max_length=6)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: Literal["none", "se", "cbam"] = "none"
-    pretrained: str | None = None
+    pretrained: WeightsPath | None = None
     members: tuple[Architecture, ...] = ()
 
 
@@ -116,7 +125,7 @@ class FitSection(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     learning_rate: float = Field(gt=0)
-    start: str | None = None
+    start: WeightsPath | None = None
     backbone_rate: float = Field(default=1.0, gt=0, le=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"

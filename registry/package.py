@@ -192,7 +192,7 @@ class Contract(Section):
 
         Raises:
             WrongModality: the file says another modality.
-            WrongShape: other rows or columns, or a spacing outside the range.
+            WrongShape: another shape, colours that are no bytes, or a spacing outside the range.
         """
         if image.modality not in (None, self.modality):
             raise WrongModality(
@@ -205,6 +205,8 @@ class Contract(Section):
                 f"{self.task} reads {self._in_words()} at "
                 f"{self.spacing_low_mm:g} to {self.spacing_high_mm:g} mm: resample or crop first.",
             )
+        if self.channels == 3 and not _are_bytes(image.pixels):
+            raise WrongShape("The colours are no whole numbers of 0 to 255.", "Send 8 bit RGB.")
         low, high = self.spacing_low_mm, self.spacing_high_mm
         if image.spacing_mm and not all(low <= spacing <= high for spacing in image.spacing_mm):
             raise WrongShape(
@@ -242,6 +244,10 @@ class Contract(Section):
         if self.kind is Kind.DETECTION:
             return np.asarray(probabilities.max(axis=(1, 2, 3)))
         return np.asarray(probabilities[:, list(self.positive_labels)].sum(axis=1))
+
+
+def _are_bytes(pixels: NDArray[np.float32]) -> bool:
+    return bool(pixels.min() >= 0 and pixels.max() <= 255 and (pixels == np.rint(pixels)).all())
 
 
 def write_contract(contract: Contract, folder: Path) -> None:

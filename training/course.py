@@ -161,7 +161,7 @@ class Course:
         return parts | {
             "best": self.best, "epochs": self.epochs, "losses": [float(loss) for loss in self.losses],
             "least": self._least, "stale": self._stale, "spent": self.spent, "random": torch.get_rng_state(),
-            "device_random": torch.get_device_module(self.device).get_rng_state() if own else None,
+            "device_random": torch.get_device_module(self.device).get_rng_state(self.device) if own else None,
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class Course:
         self._least, self._stale, self.spent = state["least"], state["stale"], state["spent"]
         torch.set_rng_state(state["random"])
         if state["device_random"] is not None:
-            torch.get_device_module(self.device).set_rng_state(state["device_random"])
+            torch.get_device_module(self.device).set_rng_state(state["device_random"], self.device)
         self.start_clock()
 
     def _parts(self) -> dict[str, Any]:

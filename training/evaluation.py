@@ -202,9 +202,10 @@ def _score_lesions(contract: Contract, truth: NDArray[np.int64], answers: NDArra
 
 
 def _describe_set(data: Dataset, split: str) -> dict[str, Any]:
-    """A locked set by the digest of its images, in any order."""
+    """A locked set by the digest of its images and labels, in any order."""
     rows = data.rows[data.rows["split"] == split]
-    digest = hashlib.sha256("\n".join(sorted(rows["sha256"])).encode()).hexdigest()
+    named = sorted(f"{image},{label}" for image, label in zip(rows["sha256"], rows["label"], strict=True))
+    digest = hashlib.sha256("\n".join(named).encode()).hexdigest()
     return {"digest": f"sha256:{digest}", "images": len(rows), "subjects": int(rows["subject"].nunique())}
 
 

@@ -129,9 +129,8 @@ def find_near_duplicates(thumbnails: NDArray[np.float32], splits: NDArray[Any]) 
     for start in range(0, len(hashes), NEAR_BLOCK):
         part = slice(start, start + NEAR_BLOCK)
         close = np.bitwise_count(hashes[part, None] ^ hashes[None]) <= NEAR_BITS
-        left, right = np.nonzero(close & (splits[part, None] != splits[None]))
-        alike = np.einsum("ij,ij->i", flat[part][left], flat[right]) >= NEAR_CORRELATION
-        found[start + left[alike]] = True
+        alike = flat[part] @ flat.T >= NEAR_CORRELATION
+        found[part] = (close & alike & (splits[part, None] != splits[None])).any(axis=1)
     return found
 
 
@@ -164,7 +163,9 @@ def _measure(row: dict[str, Any], shards: Pixels, masked: bool) -> dict[str, Any
         "thumbnail": _thumbnail(pixels),
         "mask_fits": (mask is None and not masked) or (mask is not None and mask.shape == spatial),
         "mask_highest": int(mask.max()) if mask is not None else -1,
-        "mask_classes": int(np.bitwise_or.reduce(1 << np.unique(mask % 63))) if mask is not None else 0,
+        "mask_classes": sum(1 << int(label) for label in np.unique(mask) if label < 63)
+        if mask is not None
+        else 0,
         "mask_agrees": (marked or mask is None) if unlabelled else marked == bool(row["label"]),
     }
 

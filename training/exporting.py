@@ -88,11 +88,11 @@ def _contract(places: Places, task: str, section: TaskSection, data: Dataset) ->
 
 
 def digest_cohort(places: Places, task: str) -> str:
-    """sha256 over subject, split and image digest of every row: the cohort as it was split."""
+    """sha256 over subject, split, label and image digest of every row: the cohort as it was split."""
     import pandas as pd
 
     table = pd.read_parquet(
-        places.stage(task, "split") / "manifest.parquet", columns=["subject", "split", "sha256"]
+        places.stage(task, "split") / "manifest.parquet", columns=["subject", "split", "label", "sha256"]
     )
     return "sha256:" + _sha256("\n".join(",".join(row) for row in table.astype(str).to_numpy()).encode())
 

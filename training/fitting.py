@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from imaging.config import Places
-from imaging.errors import DataError
+from imaging.errors import ConfigError, DataError
 from imaging.manifest import digest_file
 from imaging.recipe import TaskSection
 from imaging.vocabulary import Split
@@ -74,6 +74,11 @@ def fit(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
     train_set, validation = (load_split(places, task, section, s) for s in (Split.TRAIN, Split.VALIDATION))
     data = train_set, validation
     keep = open_checkpoints(places.stage(task, "checkpoints"), section, data)
+    for path in borrowed_files(how):
+        if not (places.root / path).is_file():
+            raise ConfigError(
+                f"There is no {path}.", "Run the stage that makes it, or mend fit in params.yaml."
+            )
     start = load_file(places.root / how.start) if how.start else None
     with track(places.var, task, keep.folder.name, how.model_dump(mode="json")) as run:
         found = find_weights(data, section, keep, lambda told, _: run.log(told), start)
@@ -155,7 +160,7 @@ def _admit(network: Any, found: list[Trained], section: TaskSection) -> Trained:
     """The ensemble of trained members; those much worse than the best one have no say."""
     import torch
 
-    losses = [min(told["validation_loss"] for told in one.epochs) for one in found]
+    losses = [min(v for told in one.epochs if (v := told["validation_loss"]) == v) for one in found]
     members, epochs = [], list[dict[str, Any]]()
     for number, (one, loss) in enumerate(zip(found, losses, strict=True)):
         how = _member(section, number).fit

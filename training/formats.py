@@ -41,9 +41,11 @@ def read_table(path: Path, needed: tuple[str, ...], allowed: tuple[str, ...] | N
         strange += [name for name in set(columns) if columns.count(name) > 1]
         told = f"{path.name} lacks the columns {missing}, or has {strange} unasked or twice."
         insist(not missing and not strange, told, f"Columns: {', '.join((*needed, *(allowed or ())))}.")
-        rows = [{name: text.strip() if isinstance(text, str) else text for name, text in row.items()}
-                for row in table]  # fmt: skip
-    return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 2)]
+        return [
+            (f"{path.name} row {table.line_num}",
+             {name: text.strip() if isinstance(text, str) else text for name, text in row.items()})
+            for row in table
+        ]  # fmt: skip
 
 
 def read_people(rows: list[tuple[str, Any]], column: str) -> tuple[dict[str, Any], list[Entry]]:
@@ -119,7 +121,9 @@ def store(pixels: NDArray[Any], wanted: str, exact: bool = False) -> NDArray[Any
     insist(fits, f"Its pixels, {low:g} to {high:g}, do not fit {wanted}.", "Choose another --store.")
     if pixels.dtype.kind == "f" and wanted != "float32":
         whole = np.rint(pixels)
-        insist(not exact or np.abs(whole - pixels).max() < 1e-3, "It holds fractions.", "Write classes.")
+        insist(
+            not exact or np.abs(whole - pixels).max() < 1e-3, "It holds fractions.", "Write whole numbers."
+        )
         pixels = whole
     return pixels.astype(wanted)
 
@@ -144,11 +148,15 @@ def open_medmnist(source: Path, wish: Wish) -> Opened:
     truths = {part: _read_labels(archive, f"{part}_labels.npy", wish) for part in PARTS}
     whole = {part: shape[0] == len(truths[part]) for part, shape in shapes.items()}
     insist(all(whole.values()), f"Has each image a label? {whole}.", "Mend the labels.")
-    wish = wish.model_copy(update={"volumes": len(shapes["train"]) == 4 and shapes["train"][-1] != 3})
+    wish = wish.model_copy(
+        update={"volumes": len(shapes["train"]) == 4 and shapes["train"][-1] not in (1, 3)}
+    )
 
     def make(part: str, number: int, pixels: NDArray[Any]) -> Item:
-        label, subject = read_label(str(truths[part][number]), wish.classes), f"{part}-{number:06d}"
-        return Item(subject, wish.site, lambda: [_plane(pixels, None, wish)], label, SPLITS[part], told)
+        label, subject = truths[part][number], f"{part}-{number:06d}"
+        known = label in range(len(wish.classes))
+        insist(known, f"The label {label} is no class.", f"Classes: {', '.join(wish.classes)}.")
+        return Item(subject, wish.site, lambda: [_plane(pixels, None, wish)], int(label), SPLITS[part], told)
 
     entries = ((f"{source.name} {part}_images row {number}", partial(make, part, number, pixels))
                for part in PARTS
@@ -184,10 +192,12 @@ def _open_array(archive: ZipFile, name: str) -> tuple[tuple[int, ...], Iterator[
 def _plane(pixels: NDArray[Any], mask: Path | None, wish: Wish) -> Plane:
     """A picture as it will be stored, with its mask."""
     size = (wish.depth, wish.rows, wish.columns) if wish.volumes else (wish.rows, wish.columns)
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     colour = pixels.ndim == 3 and pixels.shape[-1] == 3 and not wish.volumes
     fits = pixels.ndim == len(size) + colour
     insist(fits, f"It has shape {pixels.shape}.", "Send (rows, columns[, 3]), or use --volumes.")
-    pixels, truth = store(pixels, "uint8" if colour else wish.type_of(pixels.dtype)), None
+    wanted = "uint8" if colour else wish.type_of(pixels.dtype)
+    pixels, truth = store(pixels, wanted, exact=wanted == "uint8"), None  # 0 to 1 would round to black
     if mask:
         truth = _read_mask(mask, wish)
         fits = truth.shape == pixels.shape[: len(size)]
@@ -258,6 +268,10 @@ def cut_slide(path: Path, mask: Path | None, wish: Wish) -> Iterator[Plane]:
         level = slide.get_best_level_for_downsample(step * 1.01)
         finer = step / slide.level_downsamples[level]
         size = max(1, round(columns * finer)), max(1, round(rows * finer))
+        if annotation is not None:
+            shares = annotation.shape[0] / slide.dimensions[1], annotation.shape[1] / slide.dimensions[0]
+            even = abs(shares[0] - shares[1]) <= 0.02 * shares[0]
+            insist(even, f"Its mask is {annotation.shape}, the slide otherwise.", "Draw it over all of it.")
         glass = np.asarray(flatten(slide.get_thumbnail((1024, 1024))).convert("HSV"))[..., 1]
         kept, (width, height), high, wide = 0, slide.dimensions, int(rows * step), int(columns * step)
         for top, left in product(range(0, height - high + 1, high), range(0, width - wide + 1, wide)):

@@ -188,7 +188,7 @@ def _finish(order: Order, opened: Opened, told: Intake, part: Path) -> dict[str,
     kept = pd.concat([table.groupby(column)["row"].max() + 1 for column in ("image", "mask")])
     for path in part.glob("*.npy"):
         _cut(path, kept.get(path.name, 0))
-    if told.refused:
+    if told.refused and not (opened.pseudonyms or order.wish.pseudonyms):  # paths may name people
         pd.DataFrame(told.refused, columns=["where", "why"]).to_csv(part / "refused.csv", index=False)
     facts = _describe(order, opened, told, table, np.load(part / "images-0000.npy", mmap_mode="r"))
     (part / "cohort.yaml").write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=100))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,7 +189,8 @@ class Intake:
     def _place(self, item: Item) -> dict[str, Any]:
         """Whose an image is, unless site, split and subject do not fit each other or what was seen."""
         insist(item.subject, "It names no subject.", "Every image is of somebody.")
-        kind, split, name = self._sites.site(item.site).kind, item.split, self._name(item.subject)
+        kind, split = self._sites.site(item.site).kind, item.split
+        name = self._name(normalize("NFC", item.subject))  # an accent may be written in two ways
         if split and kind is SiteKind.EXTERNAL and not self._opened.subject_split:
             split = Split.EXTERNAL  # a file of one site has splits of its own, but nothing of it may train
         suits = not split or (split is Split.EXTERNAL) == (kind is SiteKind.EXTERNAL)

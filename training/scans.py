@@ -110,7 +110,10 @@ def open_dicom(source: Path, wish: Wish) -> Opened:
         else:
             left_out[read] += 1
     found = [slices[0].shared["modality"] for slices in series.values()]
-    modality = wish.modality or Modality(next((name for name in found if name in list(Modality)), "OT"))
+    several = sorted(set(found) & set(Modality))
+    told = f"The folder mixes {', '.join(several)}."
+    insist(wish.modality or len(several) < 2, told, "Choose with --modality.")
+    modality = wish.modality or Modality(next(iter(several), "OT"))
     wanted = (modality, *found) if modality is Modality.OTHER else (modality,)
     kept = [slices for slices in series.values() if slices[0].shared["modality"] in wanted]
     left_out["series of another modality"] = len(series) - len(kept)
@@ -258,6 +261,8 @@ def _upright(image: Any, wish: Wish, order: int) -> tuple[NDArray[Any], float]:
     square = wish.spacing_mm or abs(across - down) <= 0.01 * across
     insist(square, f"Its pixels are {down:g} x {across:g} mm.", "Make them square with --spacing-mm.")
     side = wish.spacing_mm or float(across)
+    even = wish.spacing_mm or not wish.volumes or abs(along - side) <= 0.01 * side
+    insist(even, f"Its slices are {along:g} mm apart, its pixels {side:g}.", "Even it with --spacing-mm.")
     wanted = (side, side, side if wish.volumes and wish.spacing_mm else along)
     if np.max(obliquity(image.affine)) > TILTED or not np.allclose(sizes, wanted, rtol=0.01):
         voxels = np.asanyarray(image.dataobj)

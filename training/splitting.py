@@ -11,6 +11,7 @@ from imaging.recipe import SplitSection
 from imaging.vocabulary import SiteKind, Split
 from training.cohorts.cases import stable_hash
 
+INSIDE = SiteKind.INTERNAL
 VALIDATED = 4  # of the local subjects of an external site every fourth is validation, not training
 
 
@@ -72,14 +73,14 @@ def split_table(section: SplitSection, table: Any) -> Any:
     external = table["site"].isin(section.left_out) | (table["site_kind"] == SiteKind.EXTERNAL)
     facts = zip(table["subject"], external, given, strict=True)
     table["split"] = [
-        str(local.get(subject) or told or choose_split(subject, _kind(outside), section))
+        str(
+            local.get(subject)
+            or (Split.EXTERNAL if outside else told)
+            or choose_split(subject, INSIDE, section)
+        )
         for subject, outside, told in facts
     ]
     return table
-
-
-def _kind(outside: bool) -> SiteKind:
-    return SiteKind.EXTERNAL if outside else SiteKind.INTERNAL
 
 
 def split_cohort(section: SplitSection, cohort: Path, folder: Path) -> dict[str, int]:

@@ -27,7 +27,9 @@ from training.runs import Run, count_cores, perform
 
 LEARNT_FROM = ("fit", "preparation", "kind", "classes", "calibrate")
 DECISIONS = Path("training/pipelines/study/params.yaml")
-CODE_HERE = ("training/runs.py", "training/adaptation.py", "training/datasets.py", "imaging/preparation.py")
+CODE_HERE = ("training/corruption.py", "training/explanation.py", "training/calibration.py",
+             "training/runs.py", "training/splitting.py", "training/adaptation.py", "training/datasets.py",
+             "imaging/scores.py", "imaging/preparation.py")  # fmt: skip
 
 
 Show = Literal["accuracy", "sensitivity", "specificity", "share of negatives", "auc", "fall of auc",

@@ -14,7 +14,7 @@ from imaging.errors import DataError
 from imaging.manifest import digest_pixels
 from imaging.recipe import Profile
 from training.cohorts.building import build_cohort
-from training.expectations import check_cohort, find_near_duplicates
+from training.expectations import check_cohort, find_near_duplicates, measure_pixels
 from training.rules import Question
 from training.splitting import split_cohort
 
@@ -235,3 +235,13 @@ def test_sites_left_out_and_local_subjects_fit_the_expectations(sound, tmp_path)
         Question("lung-nodule", section, SITES), sound / "cohort", tmp_path / "split", tmp_path / "check"
     )
     assert report["success"]
+
+
+def test_a_mask_may_have_more_classes_than_a_byte_has_bits(sound, tmp_path):
+    manifest = pd.read_parquet(sound / "split" / "manifest.parquet").head(1)
+    shutil.copytree(sound / "cohort", tmp_path / "cohort")
+    masks = np.load(tmp_path / "cohort" / "masks.npy")
+    masks[manifest["row"][0]].ravel()[:12] = range(12)
+    np.save(tmp_path / "cohort" / "masks.npy", masks)
+    seen = int(measure_pixels(manifest, tmp_path / "cohort")["mask_classes"][0])
+    assert seen & 0xFFF == 0xFFF

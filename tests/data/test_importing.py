@@ -132,7 +132,7 @@ def test_medmnist_that_is_wrong_is_refused_by_name_and_row(places, tmp_path):
     labels["test"] = labels["test"].copy()
     labels["test"][4] = 7
     bad = write_mnist(tmp_path / "label.npz", labels=labels)
-    assert "label.npz test_images row 4: The label '7' is no class." in refusal(places, "medmnist", bad)
+    assert "label.npz test_images row 4: The label 7 is no class." in refusal(places, "medmnist", bad)
     several = {name: np.zeros((n, 14), np.uint8) for name, n in (("train", 12), ("val", 4), ("test", 6))}
     multi = write_mnist(tmp_path / "multi.npz", labels=several)
     assert "--label-column" in refusal(places, "medmnist", multi)
@@ -345,7 +345,9 @@ def test_volumes_of_several_sizes_need_one_size_and_are_then_cut_to_it(places, t
         nib.Nifti1Image((more > 500).astype(np.uint8), np.diag([2.0, 2, 3, 1])), source / "labelsTr/c1.nii.gz"
     )
     assert "--rows" in refusal(places, "msd", source)
-    _, folder, _ = take(places, "msd", source, rows=32, columns=16, depth=8, volumes=True)
+    uneven = refusal(places, "msd", source, rows=32, columns=16, depth=8, volumes=True)
+    assert "slices are 3 mm apart, its pixels 2" in uneven  # a distance in mm must be one in all directions
+    _, folder, _ = take(places, "msd", source, rows=32, columns=16, depth=8, volumes=True, spacing_mm=2.0)
     assert np.load(folder / "images-0000.npy").shape == (2, 8, 32, 16)
     section = yaml.safe_load((folder / "task.yaml").read_text())["it"]
     assert section["fit"]["architecture"]["name"] == "unet"
@@ -480,7 +482,8 @@ def test_mixed_series_are_sorted_apart_in_hounsfield_units_without_names(places,
     write_series(source, "P1", 2, seed=4, modality="MR")
     (source / "readme.txt").write_text("not DICOM")
     labels = write_labels(tmp_path / "labels.csv", "P1,yes,north", "P2,no,east")
-    told, folder, table = take(places, "dicom", source, labels=labels)
+    assert "mixes CT, MR" in refusal(places, "dicom", source, labels=labels)
+    told, folder, table = take(places, "dicom", source, labels=labels, modality="CT")
     assert told.notes["a localizer"] == 2
     assert told.notes["not a DICOM file"] == 1
     assert told.notes["series of another modality"] == 1
@@ -850,3 +853,19 @@ def test_memory_does_not_grow_with_the_number_of_images(places, tmp_path):
     assert peaks[1] - peaks[0] < 40e6 + count * 2_500, (
         "buffers, names, digests; the pixels are 9,216 bytes each"
     )
+
+
+def test_numbers_as_names_of_classes_do_not_move_medmnists_labels(places, tmp_path):
+    labels = {name: (np.arange(n) % 3)[:, None] for name, n in (("train", 12), ("val", 4), ("test", 6))}
+    source = write_mnist(tmp_path / "g.npz", labels=labels)
+    _, _, table = take(places, "medmnist", source, classes=("1", "2", "3"))
+    assert sorted(table["label"].unique()) == [0, 1, 2]
+
+
+def test_colours_of_0_to_1_are_refused_instead_of_rounded_to_black(places, tmp_path):
+    arrays = dict(np.load(write_mnist(tmp_path / "a.npz")))
+    for part in ("train", "val", "test"):
+        count = len(arrays[f"{part}_images"])
+        arrays[f"{part}_images"] = np.random.default_rng(count).random((count, 28, 28, 3)).astype(np.float32)
+    np.savez(tmp_path / "float.npz", **arrays)
+    assert "It holds fractions" in refusal(places, "medmnist", tmp_path / "float.npz")

@@ -142,3 +142,17 @@ def head_only(header):
     header["vox_offset"], header["magic"] = 352, b"n+1"
     header.set_sform(np.eye(4), 1)
     return header.binaryblock + b"\0" * 4
+
+
+def test_a_nifti_that_lies_oblique_or_nowhere_is_refused():
+    from scipy.spatial.transform import Rotation
+
+    tilted = np.eye(4)
+    tilted[:3, :3] = Rotation.from_euler("x", 35, degrees=True).as_matrix() * 2
+    volume = np.zeros((8, 8, 4), np.int16)
+    with pytest.raises(WrongShape, match="oblique"):
+        decode(nifti(volume, tilted), ContentType.NIFTI)
+    nowhere = bytearray(nifti(volume))
+    nowhere[252:256] = bytes(4)  # qform_code and sform_code
+    with pytest.raises(WrongShape, match="how it lies"):
+        decode(bytes(nowhere), ContentType.NIFTI)

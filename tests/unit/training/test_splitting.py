@@ -7,7 +7,7 @@ import pytest
 from imaging.recipe import SplitSection
 from imaging.vocabulary import SiteKind, Split
 from training.cohorts.cases import stable_hash, stream
-from training.splitting import choose_split
+from training.splitting import choose_split, split_table
 
 SECTION = SplitSection(seed=1, train=0.625, validation=0.125)
 NAMES = [f"north-{number:04d}" for number in range(4000)]
@@ -50,3 +50,12 @@ def test_streams_of_subject_and_views_differ():
 
 def test_a_stream_can_be_drawn_again():
     assert stream(1, "t", "north", 5, 1).random() == stream(1, "t", "north", 5, 1).random()
+
+
+def test_a_site_left_out_is_external_even_where_an_import_brought_its_splits():
+    import pandas as pd
+
+    table = pd.DataFrame({"subject": ["a", "b"], "site": ["west", "east"], "site_kind": "internal",
+                          "given_split": ["train", "train"]})  # fmt: skip
+    told = split_table(SplitSection(seed=1, train=0.6, validation=0.2, left_out=("west",)), table)
+    assert told["split"].tolist() == ["external", "train"]
