@@ -97,11 +97,16 @@ class Demo:
         return done.stdout
 
     def _repro(self) -> None:
-        """Run the pipeline, a task a core at a time: every stage but the first uses `fit.threads` threads."""
+        """Run the pipeline, a task a core at a time: every stage but the first uses `fit.threads` threads.
+
+        What tasks share comes first; a lane then touches the stages of its task alone, since DVC locks what
+        a stage writes even when it has nothing to do.
+        """
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         (self._places.var / "log").mkdir(parents=True, exist_ok=True)
-        names = _stage_names(self._places)
+        shared, names = _stage_names(self._places)
+        self._repro_stages("shared", shared, lambda _, stage: self._say_stage(stage))
         threads = max(self._params.task(task).fit.threads for task in self._tasks)
         lanes = max(1, min(len(self._tasks), (os.cpu_count() or 1) // threads))
         columns = (TextColumn("  {task.description:<28}"), BarColumn(), TimeElapsedColumn())
@@ -112,11 +117,12 @@ class Demo:
                 progress.update(bars[task], advance=1, description=stage)
                 self._say_stage(stage)
 
-            list(pool.map(lambda task: self._repro_task(task, names, show), self._tasks))
+            lanes_of = {task: [f"{name}@{task}" for name in names] for task in self._tasks}
+            list(pool.map(lambda task: self._repro_stages(task, lanes_of[task], show), self._tasks))
 
-    def _repro_task(self, task: str, names: list[str], show: Callable[[str, str], None]) -> None:
+    def _repro_stages(self, task: str, stages: list[str], show: Callable[[str, str], None]) -> None:
         log = self._places.var / "log" / f"repro-{task}.log"
-        command = ["dvc", "--wait-for-lock", "repro", *(f"{name}@{task}" for name in names)]
+        command = ["dvc", "--wait-for-lock", "repro", "--single-item", *stages]
         with log.open("w", buffering=1) as kept, subprocess.Popen(
             command, cwd=self._places.root, env=stack_environment({}), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -281,8 +287,10 @@ def _reasons(gate: dict[str, Any]) -> list[str]:
     return [f"{where}: {reason}" for where, finding in found.items() for reason in finding["reasons"]]
 
 
-def _stage_names(places: Places) -> list[str]:
+def _stage_names(places: Places) -> tuple[list[str], list[str]]:
+    """Stages that all tasks share, and those that each task has."""
     import yaml
 
     stages = yaml.safe_load((places.root / "dvc.yaml").read_text())["stages"]
-    return [name for name, stage in stages.items() if "foreach" in stage]
+    own = [name for name, stage in stages.items() if "foreach" in stage]
+    return [name for name in stages if name not in own], own

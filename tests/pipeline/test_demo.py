@@ -90,7 +90,8 @@ def test_one_changed_section_reruns_that_task_alone(demo):
     try:
         demo.edit_params(lambda params: params["tasks"]["lung-nodule"]["reference"].update(repeats=21))
         status = json.loads(demo.run("dvc", "status", "--json").stdout)
-        assert set(status) == {"reference@lung-nodule"}
+        main = {stage for stage in status if not stage.startswith("training/pipelines")}  # the study's own
+        assert main == {"reference@lung-nodule"}
     finally:
         (demo.root / "params.yaml").write_text(original)
 
