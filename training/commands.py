@@ -243,13 +243,14 @@ def run(claim: str) -> None:
 
 
 @study.command()
-def report() -> None:
+@click.option("--unfinished", is_flag=True, help="Leave out claims that have not run, and say which.")
+def report(unfinished: bool) -> None:
     """Judge every claim by the rule that was written down before, and write docs/study.md."""
     from training.study import read_study
     from training.study_report import report_study
 
     places = read_places()
-    verdicts = report_study(places, read_study(places))
+    verdicts = report_study(places, read_study(places), unfinished)
     print_table("The review's claims, here", ["claim", "verdict"], [list(told) for told in verdicts.items()])
 
 

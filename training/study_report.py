@@ -17,8 +17,13 @@ TEMPLATE = Path(__file__).parent / "templates" / "study.md.j2"
 COLOURS = ("#2a5d84", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def report_study(places: Places, study: Study) -> dict[str, str]:
+def report_study(places: Places, study: Study, unfinished: bool = False) -> dict[str, str]:
     """Judge every claim, and write docs/study.md, docs/pictures/study/ and build/study/verdicts.json.
+
+    Args:
+        places: where the answers lie.
+        study: with the claims.
+        unfinished: leave out claims that have not run, and say on the page which.
 
     Returns:
         Name of the claim -> verdict.
@@ -28,8 +33,11 @@ def report_study(places: Places, study: Study) -> dict[str, str]:
     """
     from jinja2 import Environment, StrictUndefined
 
-    claims = {}
+    claims, waiting = {}, []
     for name, claim in study.claims.items():
+        if unfinished and not (claim_folder(places, name) / "runs.json").exists():
+            waiting.append(claim.sentence)
+            continue
         told = judge_stored(study, name, claim_folder(places, name))
         told["arms"] = [describe_arm(claim, variant, told["runs"]) for variant in claim.variants]
         claims[name] = told
@@ -38,7 +46,7 @@ def report_study(places: Places, study: Study) -> dict[str, str]:
     (places.build / "study" / "verdicts.json").write_text(json.dumps(verdicts, indent=1) + "\n")
     page = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     page.filters |= {"number": write_number}
-    text = page.from_string(TEMPLATE.read_text()).render(study=study, claims=claims)
+    text = page.from_string(TEMPLATE.read_text()).render(study=study, claims=claims, waiting=waiting)
     (places.root / "docs" / "study.md").write_text(text)
     return {name: told["verdict"] for name, told in claims.items()}
 
