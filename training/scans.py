@@ -89,6 +89,13 @@ class Slice(NamedTuple):
     told: dict[str, str]
 
 
+def _only_modality(found: list[str]) -> Modality:
+    """The one modality of a folder's series that the house knows, or OTHER."""
+    known = sorted(set(found) & set(Modality))
+    insist(len(known) < 2, f"The folder mixes {', '.join(known)}.", "Choose with --modality.")
+    return Modality(next(iter(known), Modality.OTHER))
+
+
 def open_dicom(source: Path, wish: Wish) -> Opened:
     """A folder of DICOM files in any order; a series is a volume, PatientID becomes a pseudonym."""
     from rich.console import Console
@@ -110,10 +117,7 @@ def open_dicom(source: Path, wish: Wish) -> Opened:
         else:
             left_out[read] += 1
     found = [slices[0].shared["modality"] for slices in series.values()]
-    several = sorted(set(found) & set(Modality))
-    told = f"The folder mixes {', '.join(several)}."
-    insist(wish.modality or len(several) < 2, told, "Choose with --modality.")
-    modality = wish.modality or Modality(next(iter(several), "OT"))
+    modality = wish.modality or _only_modality(found)
     wanted = (modality, *found) if modality is Modality.OTHER else (modality,)
     kept = [slices for slices in series.values() if slices[0].shared["modality"] in wanted]
     left_out["series of another modality"] = len(series) - len(kept)
