@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives an image, as in LUNA16
+STRIDE = 4  # pixels between the places where a detector looks for a centre
 
 
 @dataclass(frozen=True)

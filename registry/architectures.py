@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "detector": "centres and sizes of lesions at every fourth pixel of a plane",
     "ensemble": "the mean probability of its members, classifiers or segmenters of the same task",
 }
-SEGMENTERS, STRIDE = ("unet", "attention-unet"), 4
+SEGMENTERS = ("unet", "attention-unet")
 PLANES_ONLY, ATTENTIVE = ("mobilenetv2", "detector"), ("cnn", "resnet")
 EPSILON = 1e-7  # the least probability of an ensemble, so that its logits are finite
 

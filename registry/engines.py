@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from imaging.detection import STRIDE
 from imaging.errors import ConfigError, TrustError
 from imaging.vocabulary import Kind
 from registry.package import Contract, read_golden
 
 OUTPUTS = ("logits", "heat", "embedding")
-STRIDE = 4  # pixels between the places where a detector looks for a centre
 
 
 @dataclass(frozen=True)

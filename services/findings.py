@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.detection import find_lesions
+from imaging.detection import STRIDE, find_lesions
 from imaging.errors import WrongType
 from imaging.image import Image, describe
 from imaging.preparation import prepare
 from imaging.reading import decode
 from imaging.vocabulary import ContentType, Kind
 from monitoring.reference import summarise
-from registry.engines import STRIDE, Answers
+from registry.engines import Answers
 from registry.package import Contract
 
 NOTICE = "research use only"

@@ -42,8 +42,6 @@ def draw_case(kind, rng):
 
 def write_cohort(places, task, kind, subjects=24):
     """A cohort and its split as those stages write them: two images a subject."""
-    import pandas as pd
-
     rng = np.random.default_rng(4)
     rows, images, masks, splits = [], [], [], []
     for site in SITES:
@@ -62,6 +60,14 @@ def write_cohort(places, task, kind, subjects=24):
                 images.append(pixels)
                 masks.append(mask)
                 splits.append(split)
+    store_cohort(places, task, (rows, images, masks), splits)
+
+
+def store_cohort(places, task, drawn, splits):
+    """Rows, images and masks as the cohort stage writes them, and the splits of the rows."""
+    import pandas as pd
+
+    rows, images, masks = drawn
     cohort, split = places.stage(task, "cohort"), places.stage(task, "split")
     cohort.mkdir(parents=True)
     split.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A model at a new site: temperature and threshold set anew, or its weights too, on some local subjects."""
+"""A model at sites that it never saw: as it is, with its threshold set anew, or its weights too."""
 
 from __future__ import annotations
 
@@ -109,3 +109,25 @@ def _gently(section: TaskSection, images: int) -> TaskSection:
         "batch_size": int(np.clip(images // 2, 2, BATCH)), "patience": 0,
     }  # fmt: skip
     return section.model_copy(update={"fit": section.fit.model_copy(update=told)})
+
+
+def leave_sites_out(places: Places, task: str, seeds: tuple[int, ...]) -> Study:
+    """A study of one claim, `sites`: how a task's recipe answers at sites that it never saw.
+
+    Raises:
+        ConfigError: fewer than two internal sites, so that none would be left to learn from.
+    """
+    sites, section = read_sites(places).names(SiteKind.INTERNAL), read_params(places).task(task)
+    if len(sites) < 2:
+        raise ConfigError(f"sites.yaml has {len(sites)} internal sites.", "Leave-one-site-out needs two.")
+    show: Show = "dice" if section.kind is Kind.SEGMENTATION else "auc"
+    without = {f"without {site}": Variant(leave_out=site) for site in sites}
+    rows = [Row(show=show, of=name, where=variant.leave_out or "") for name, variant in without.items()]
+    gaps = [Row(show=show, of="all sites", against=row.of, where=row.where) for row in rows]
+    ends = [Row(show=show, of="all sites", where=place) for place in ("test", "external")]
+    claim = Claim(
+        sentence=f"{task} at sites it never saw", task=task, control="the same recipe on all sites",
+        variants={"all sites": Variant(), **without},
+        rows=(*ends, *rows, *gaps, Row(show="new site", of="all sites", where="one more")),
+    )  # fmt: skip
+    return Study(seeds=seeds, claims={"sites": claim})

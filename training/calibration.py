@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.config import Places
-from imaging.detection import find_lesions, match_lesions
+from imaging.detection import STRIDE, find_lesions, match_lesions
 from imaging.errors import DataError
 from imaging.recipe import TaskSection
 from imaging.scores import dice
 from imaging.vocabulary import Kind, Split
 from registry.architectures import build
-from registry.engines import STRIDE
 from training.datasets import load_split, stage_folder
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.comparison import compare_means
 from imaging.intervals import (
     Estimate,
     auc_components,
@@ -109,7 +108,8 @@ def _tell_mean(evidence: Evidence, row: Row) -> Told:
         return f"{row.of} has no {row.show} on {row.where}"
     if row.against:
         other = evidence.read(row.against, row.where, column, truth)[0]
-        return compare_means((values.mean(axis=0), other.mean(axis=0)), people, evidence.confidence)
+        apart = values.mean(axis=0) - other.mean(axis=0)
+        return bootstrap_mean(apart, people, evidence.confidence, 0, (-1.0, 1.0))
     if np.isin(values, (0, 1)).all():
         return wilson(values.ravel().astype(int), np.tile(people, len(values)), evidence.confidence)
     return bootstrap_mean(values.mean(axis=0), people, evidence.confidence)
@@ -123,7 +123,7 @@ def _spread(evidence: Evidence, of: str, on: str, against: str | None = None) ->
     values, facts = evidence.read(of, on, "score")
     truth, people = facts["truth"].to_numpy().astype(int), facts["subject"].to_numpy()
     if len(np.unique(truth)) < 2:
-        return f"{on} lacks a class"
+        return f"{of} has not answered both classes on {on}"
     parts = _components(truth, values)
     if against:
         parts = parts - _components(truth, evidence.read(against, on, "score")[0])

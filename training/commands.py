@@ -194,7 +194,7 @@ def import_(
               help="Of a training; give it again for more of them.")  # fmt: skip
 def loso(task: str, seeds: tuple[int, ...]) -> None:
     """Leave one site out: train without each internal site in turn, and answer it."""
-    from training.study import leave_sites_out
+    from training.adaptation import leave_sites_out
 
     _run_alone(task, leave_sites_out(read_places(), task, seeds), "loso")
 

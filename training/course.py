@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from imaging.detection import encode_lesions
+from imaging.detection import STRIDE, encode_lesions
 from imaging.errors import ConfigError
 from imaging.recipe import FitSection, TaskSection
 from imaging.vocabulary import Kind
-from registry.architectures import STRIDE, detector_loss
+from registry.architectures import detector_loss
 from training.augmentation import augment, draw_augmentation
 from training.datasets import Dataset
 

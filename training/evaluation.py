@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.config import Places
-from imaging.detection import find_lesions, match_lesions
+from imaging.detection import STRIDE, find_lesions, match_lesions
 from imaging.manifest import Pixels
 from imaging.preparation import prepare
 from imaging.recipe import EvaluateSection, TaskSection
 from imaging.scores import dice, surface_distances
 from imaging.vocabulary import Kind, Split
-from registry.engines import STRIDE, Engine, check_answers, open_engine
+from registry.engines import Engine, check_answers, open_engine
 from registry.package import Contract, digest_package, read_contract
+from training.cohorts.building import load_builder
 from training.datasets import Dataset, load_split, stage_folder
 from training.evaluation_report import write_report
 from training.explanation import explain
@@ -74,30 +75,28 @@ def evaluate(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
 
 
 def score_real(section: TaskSection, contract: Contract, engine: Engine) -> dict[str, Any]:
-    """Dice of the one real person that there is for slices of the brain; it is told and gates nothing.
+    """Dice of real people whose slices the cohort's builder can read; it is told and gates nothing.
 
     Returns:
-        {"real": ...} with one sentence and, where Colin27 is installed, mean Dice over its slices; {} where
-        the cohort is another. Silver truth (see colin27): fluid is defined otherwise there and is left out.
+        {"real": ...}, the builder's sentence and mean Dice over the slices of each of its REAL_REGIONS; {}
+        where a builder knows nobody real, and of imports.
     """
-    if Path(section.cohort.source).name != "brain_tissue.py":
+    source = section.cohort.source
+    if not source.endswith(".py") or not hasattr(builder := load_builder(source), "read_real"):
         return {}
-    from training.cohorts import colin27
-
-    told: dict[str, Any] = {"sentence": colin27.describe_colin27(), "scores": {}}
-    if colin27.is_present():
-        slices = colin27.read_colin27()
+    sentence, slices = builder.read_real()
+    scores = {}
+    if slices:
         images = np.stack([prepare(one.pixels.astype(np.float32), contract.preparation) for one in slices])
         labels = answer_all(engine, contract, images, silent=True)[0].argmax(axis=1)
-        masks = np.stack([one.mask for one in slices])
-        pairs = {name: (masks == label, labels == label) for label, name in enumerate(contract.classes)}
-        pairs["brain"] = (masks > 0, labels > 0)
-        for name in ("grey matter", "white matter", "brain"):
-            told["scores"][name] = round(
-                float(np.nanmean([dice(*pair, 1) for pair in zip(*pairs[name], strict=True)])), 4
-            )
-        told["slices"] = len(slices)
-    return {"real": told}
+        pairs = list(zip((one.mask for one in slices), labels, strict=True))
+        for name, region in builder.REAL_REGIONS.items():
+            dices = [
+                dice(np.isin(mask, region).astype(int), np.isin(said, region).astype(int), 1)
+                for mask, said in pairs
+            ]
+            scores[name] = round(float(np.nanmean(dices)), 4)
+    return {"real": {"sentence": sentence, "slices": len(slices), "scores": scores}}
 
 
 def answer_all(

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.detection import find_lesions
+from imaging.detection import STRIDE, find_lesions
 from imaging.vocabulary import Kind, Split
-from registry.engines import STRIDE
 from registry.package import Contract
 from training.datasets import Dataset
 from training.robustness import list_robustness

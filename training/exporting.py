@@ -27,6 +27,8 @@ from registry.engines import OUTPUTS, check_answers, check_parity, open_engine
 from registry.package import Contract, digest_package, write_contract
 from training.datasets import Dataset, load_split, stage_folder
 
+MADE_UP = "The golden images are simulated noise: no validation image may be redistributed."
+
 
 def export(places: Places, task: str, section: TaskSection) -> str:
     """Write the package of a task.
@@ -39,7 +41,8 @@ def export(places: Places, task: str, section: TaskSection) -> str:
         TrustError: the engine that will be scored does not answer as the network does.
     """
     folder = stage_folder(places, task, "package")
-    data = load_split(places, task, section, Split.VALIDATION)
+    every = load_split(places, task, section, Split.VALIDATION, Split.EXTERNAL)
+    data = every.take((every.rows["split"] == Split.VALIDATION).to_numpy())
     shutil.copy(places.stage(task, "fit") / "weights.safetensors", folder)
     network = _load(folder, section, data.images.shape[1:])
     contract = _contract(places, task, section, data)
@@ -48,11 +51,7 @@ def export(places: Places, task: str, section: TaskSection) -> str:
     _write_golden(network, data, section.package.golden, folder)
     engine = open_engine(folder, section.evaluate.engine, section.evaluate.precision, section.fit.threads)
     check_parity(engine, folder, contract)
-    parts = [data]
-    with contextlib.suppress(DataError):  # an import may have no external site
-        parts.append(load_split(places, task, section, Split.EXTERNAL))
-    rows = [row for part in parts for row in _describe(part, engine, contract)]
-    write_reference(rows, name_columns(contract), folder / "reference.parquet")
+    write_reference(_describe(every, engine, contract), name_columns(contract), folder / "reference.parquet")
     return digest_package(folder)
 
 
@@ -72,6 +71,7 @@ def _contract(places: Places, task: str, section: TaskSection, data: Dataset) ->
     # What is measured of a finished package is no part of it: editing those sections must not rename it.
     made_from = section.model_dump(mode="json", exclude={"qualify", "reference"})
     params = json.dumps(made_from, sort_keys=True)
+    limits = [*cohort.get("limits", ()), *([] if data.rows["redistributable"].any() else [MADE_UP])]
     channels, *depth, rows, columns = data.images.shape[1:]
     return Contract(
         task=task, title=section.title, kind=section.kind, modality=section.modality, classes=section.classes,
@@ -82,7 +82,7 @@ def _contract(places: Places, task: str, section: TaskSection, data: Dataset) ->
         max_batch=section.package.max_batch, preparation=section.preparation,
         temperature=calibration["temperature"], threshold=calibration["threshold"],
         tolerance=section.package.tolerance, intended_use=section.package.intended_use,
-        simulated=str(cohort["simulation"]), limits=tuple(cohort.get("limits", ())),
+        simulated=str(cohort["simulation"]), limits=tuple(limits),
         lineage={"cohort": digest_cohort(places, task), "params": "sha256:" + _sha256(params.encode())},
     )  # fmt: skip
 
@@ -170,7 +170,7 @@ def _describe(data: Dataset, engine: Any, contract: Contract) -> list[dict[str, 
     rows = []
     starts, console = range(0, len(data.images), contract.max_batch), Console(stderr=True)
     facts = data.rows[["sha256", "subject", "site", "split"]].to_dict("records")
-    for start in track(starts, description=f"describe {data.rows['split'].iloc[0]}", console=console):
+    for start in track(starts, description=f"describe {contract.title}", console=console):
         images = data.images[start : start + contract.max_batch]
         answers = engine.run(images)
         check_answers(answers, contract, len(images))

@@ -16,11 +16,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from imaging.config import Places, explain, read_params, read_sites, read_yaml, suggest
+from imaging.config import Places, explain, read_params, read_yaml, suggest
 from imaging.errors import ConfigError, DataError
 from imaging.manifest import digest_file
 from imaging.recipe import ExplanationSection, FitSection, RobustnessSection, Section
-from imaging.vocabulary import Kind, SiteKind
 from training.checkpoints import CODE
 from training.fitting import ADMITTED
 from training.runs import Run, count_cores, perform
@@ -154,28 +153,6 @@ def claim_folder(places: Places, name: str) -> Path:
     return places.build / "study" / "claims" / name
 
 
-def leave_sites_out(places: Places, task: str, seeds: tuple[int, ...]) -> Study:
-    """A study of one claim, `sites`: how a task's recipe answers at sites that it never saw.
-
-    Raises:
-        ConfigError: fewer than two internal sites, so that none would be left to learn from.
-    """
-    sites, section = read_sites(places).names(SiteKind.INTERNAL), read_params(places).task(task)
-    if len(sites) < 2:
-        raise ConfigError(f"sites.yaml has {len(sites)} internal sites.", "Leave-one-site-out needs two.")
-    show: Show = "dice" if section.kind is Kind.SEGMENTATION else "auc"
-    without = {f"without {site}": Variant(leave_out=site) for site in sites}
-    rows = [Row(show=show, of=name, where=variant.leave_out or "") for name, variant in without.items()]
-    gaps = [Row(show=show, of="all sites", against=row.of, where=row.where) for row in rows]
-    ends = [Row(show=show, of="all sites", where=place) for place in ("test", "external")]
-    claim = Claim(
-        sentence=f"{task} at sites it never saw", task=task, control="the same recipe on all sites",
-        variants={"all sites": Variant(), **without},
-        rows=(*ends, *rows, *gaps, Row(show="new site", of="all sites", where="one more")),
-    )  # fmt: skip
-    return Study(seeds=seeds, claims={"sites": claim})
-
-
 def run_claim(places: Places, study: Study, name: str, folder: Path) -> None:
     """Make the runs of a claim that are not there yet, and gather what they answered.
 
@@ -274,20 +251,23 @@ def _gather(claim: Claim, runs: dict[tuple[str, int], Run], cohort: dict[str, An
 def add_ensembles(claim: Claim, runs: list[dict[str, Any]], table: Any) -> Any:
     """Answers of ensembles as if they were variants; validation alone has a say in who is in them.
 
-    NAME: the mean of the members whose validation loss is within `ADMITTED` of the best one's, seed by seed.
-    NAME: best member: that one. NAME: one architecture: the mean over seeds of the best member of them all.
+    NAME: the mean of the members whose validation loss is within `ADMITTED` of the best one's, seed by seed;
+    absent where a seed admits one alone, for that is the best. NAME: best member: that one. NAME: one
+    architecture: the mean over seeds of the best member of them all.
     """
     import pandas as pd
 
     loss = {(run["variant"], run["seed"]): min(e["validation_loss"] for e in run["epochs"]) for run in runs}
     seeds, tables = sorted({seed for _, seed in loss}), [table]
     for name, members in claim.ensembles.items():
+        near = {}
         for seed in seeds:
-            best = min(loss[member, seed] for member in members)
-            near = [member for member in members if loss[member, seed] <= ADMITTED * best]
-            first = [member for member in members if loss[member, seed] == best]
-            tables.append(_average(table, near, [seed]).assign(variant=name, seed=seed))
-            tables.append(_average(table, first, [seed]).assign(variant=f"{name}: best member", seed=seed))
+            own = {member: loss[member, seed] for member in members}
+            near[seed] = [member for member in members if own[member] <= ADMITTED * min(own.values())]
+            first = _average(table, [min(own, key=own.__getitem__)], [seed])
+            tables.append(first.assign(variant=f"{name}: best member", seed=seed))
+        if min(map(len, near.values())) > 1:
+            tables += [_average(table, who, [n]).assign(variant=name, seed=n) for n, who in near.items()]
         whole = min(members, key=lambda member: sum(loss[member, seed] for seed in seeds))
         same = _average(table, [whole], seeds)
         tables += [same.assign(variant=f"{name}: one architecture", seed=seed) for seed in seeds]

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from imaging.config import Places
-from imaging.detection import encode_lesions, find_lesions, froc, match_lesions
+from imaging.detection import STRIDE, encode_lesions, find_lesions, froc, match_lesions
 from imaging.errors import ConfigError
 from imaging.recipe import Architecture
-from registry.architectures import ARCHITECTURES, STRIDE, build, detector_loss
+from registry.architectures import ARCHITECTURES, build, detector_loss
 from registry.backbones import convert_weights, find_embedded_backbone, load_pretrained, write_backbone
 
 PLANE, COLOUR, VOLUME = (1, 32, 40), (3, 32, 48), (1, 8, 16, 24)

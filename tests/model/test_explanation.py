@@ -3,15 +3,14 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from imaging.config import Places
-from imaging.manifest import digest_pixels, write_manifest
+from imaging.manifest import digest_pixels
 from imaging.recipe import ExplanationSection
 from imaging.vocabulary import Kind, Split
 from registry.engines import open_engine
-from tests.tiny import ROOT, make_section
+from tests.tiny import ROOT, make_section, store_cohort
 from training.calibration import calibrate
 from training.datasets import load_split
 from training.explanation import explain
@@ -49,16 +48,8 @@ def write_cohort(places, marked):
         })  # fmt: skip
         images.append(pixels)
         masks.append(mask)
-    cohort, split = places.stage("tiny", "cohort"), places.stage("tiny", "split")
-    cohort.mkdir(parents=True)
-    split.mkdir(parents=True)
-    np.save(cohort / "images.npy", np.stack(images))
-    np.save(cohort / "masks.npy", np.stack(masks))
-    (cohort / "cohort.yaml").write_text("simulation: Everything is drawn.\n")
-    write_manifest(rows, cohort / "manifest.parquet")
     sides = ["train", "train", "validation", "test"]
-    table = pd.read_parquet(cohort / "manifest.parquet")
-    table.assign(split=[sides[i % 4] for i in range(SUBJECTS)]).to_parquet(split / "manifest.parquet")
+    store_cohort(places, "tiny", (rows, images, masks), [sides[i % 4] for i in range(SUBJECTS)])
 
 
 def change(section, images=AUDITED, **fit_keys):

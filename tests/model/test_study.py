@@ -21,8 +21,9 @@ from imaging.errors import ConfigError, DataError
 from imaging.manifest import digest_file
 from imaging.vocabulary import Kind
 from tests.tiny import ROOT, write_cohort, write_root
+from training.adaptation import leave_sites_out
 from training.runs import choose_cut
-from training.study import DECISIONS, claim_folder, leave_sites_out, plan_runs, read_study, run_claim
+from training.study import DECISIONS, claim_folder, plan_runs, read_study, run_claim
 from training.study_report import judge_stored, report_study
 
 PLAIN = {"fit": {"augmentation": {"flip": False, "shift_px": 0, "gain": 0.0, "offset": 0.0, "noise": 0.0}}}

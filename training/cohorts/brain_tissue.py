@@ -41,6 +41,7 @@ SIMULATED = (
 LIMITS = (
     "All subjects are one template: scores among them are better than they would be among real people.",
 )
+REAL_REGIONS = {"grey matter": (2,), "white matter": (3,), "brain": (1, 2, 3)}  # fluid differs there
 
 ORIGIN_MM = (
     -98.0,
@@ -274,3 +275,10 @@ def _plain_torch() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         set_track_meta(track)
+
+
+def read_real() -> tuple[str, list[Any]]:
+    """One sentence on the real person that there is, and their slices; none where they are not installed."""
+    from training.cohorts import colin27  # which is placed in this module's coordinates
+
+    return colin27.describe_colin27(), colin27.read_colin27() if colin27.is_present() else []

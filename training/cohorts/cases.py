@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from imaging.vocabulary import AgeBand, Sex
 
 Array = NDArray[np.float32]
+Mask = NDArray[np.uint8]
+Range = tuple[float, float]  # that something is drawn from
 FIRST_DAY = date(2019, 1, 7)
 DAYS = 5 * 365
 

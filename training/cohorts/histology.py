@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from training.cohorts.cases import (
     Array,
     Case,
+    Mask,
+    Range,
     Sheet,
     acquired_on,
     between,
@@ -26,8 +28,6 @@ from training.cohorts.cases import (
     stream,
 )
 
-Mask = NDArray[np.uint8]
-Range = tuple[float, float]
 Colour = tuple[float, float, float]
 Place = NDArray[np.float64]
 Nuclei = tuple[float, float, float, float]

@@ -17,7 +17,9 @@ from training.cohorts.cases import (
     CIRCLE,
     Array,
     Case,
+    Mask,
     Person,
+    Range,
     Sheet,
     acquired_on,
     between,
@@ -27,9 +29,6 @@ from training.cohorts.cases import (
     soft,
     stream,
 )
-
-Mask = NDArray[np.uint8]
-Range = tuple[float, float]
 
 STREAM = "retinopathy"
 SHAPE = (96, 96, 3)

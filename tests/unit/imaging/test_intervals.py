@@ -269,3 +269,17 @@ def test_where_resampling_says_nothing_the_bounds_are_told():
 def test_nothing_is_claimed_without_cases():
     told = wilson(np.array([], dtype=int), np.array([]))
     assert (told.low, told.high, told.subjects) == (0.0, 1.0, 0)
+
+
+def test_the_difference_of_means_is_scipys_on_the_differences_of_subjects():
+    rng = np.random.default_rng(4)
+    apart, subjects = rng.random(80) - rng.random(80), np.repeat(np.arange(40), 2)
+    told = bootstrap_mean(apart, subjects, seed=6, bounds=(-1.0, 1.0))
+    means = apart.reshape(40, 2).mean(axis=1)
+    expected = bootstrap((means,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(6))
+    assert (told.low, told.high) == pytest.approx(tuple(expected.confidence_interval))
+
+
+def test_models_that_never_differ_are_not_called_equal():
+    told = bootstrap_mean(np.zeros(10), np.arange(10), bounds=(-1.0, 1.0))
+    assert (told.estimate, told.low, told.high) == (0.0, -1.0, 1.0)

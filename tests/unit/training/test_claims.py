@@ -5,10 +5,9 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import t, ttest_1samp
+from scipy.stats import norm, t, ttest_1samp
 from sklearn.metrics import roc_auc_score
 
-from imaging.comparison import compare_auc
 from imaging.intervals import delong
 from training.claims import FAILS, HOLDS, SHOWS, UNTESTABLE, Evidence, decide, judge, predict_site
 from training.study import Claim, Row, Show, add_ensembles
@@ -101,14 +100,9 @@ def test_the_auc_of_seeds_is_their_mean_and_of_one_seed_what_others_compute():
     assert told[0]["seeds"] == pytest.approx(areas["a"])
     assert told[1]["estimate"] == pytest.approx(np.mean(areas["a"]) - np.mean(areas["b"]))
     one = table[table["seed"] == 1]
-    pair = tuple(one.loc[one["variant"] == name, "score"].to_numpy() for name in "ab")
     facts = one[one["variant"] == "a"]
-    known = compare_auc(facts["truth"].to_numpy(int), pair, facts["subject"].to_numpy())
-    mine, alone = (
-        SHOWS["auc"](Evidence(one, make_runs("ab"), 0.95), each) for each in (row, Row(show="auc", of="a"))
-    )
-    assert (mine.estimate, mine.low, mine.high) == pytest.approx((known.estimate, known.low, known.high))
-    known = delong(facts["truth"].to_numpy(int), pair[0], facts["subject"].to_numpy())
+    alone = SHOWS["auc"](Evidence(one, make_runs("ab"), 0.95), Row(show="auc", of="a"))
+    known = delong(facts["truth"].to_numpy(int), facts["score"].to_numpy(), facts["subject"].to_numpy())
     assert (alone.estimate, alone.low, alone.high) == pytest.approx((known.estimate, known.low, known.high))
 
 
@@ -247,3 +241,32 @@ def test_sites_that_do_not_differ_have_no_variance_between_them():
 
 def test_every_number_that_may_be_asked_for_can_be_told():
     assert set(get_args(Show)) == set(SHOWS)
+
+
+def test_the_difference_of_two_areas_is_delongs_where_a_subject_has_one_image():
+    table = tables(a=2.0, b=1.0).query("seed == 1")
+    table = table.assign(subject=table["image"])
+    told = SHOWS["auc"](Evidence(table, make_runs("ab"), 0.95), Row(show="auc", of="a", against="b"))
+    wide = table.pivot(index="image", columns="variant", values="score")
+    truth = table.query("variant == 'a'").set_index("image")["truth"].loc[wide.index].to_numpy()
+    wins = [
+        (s[truth == 1][:, None] > s[truth == 0]).astype(float)
+        for s in (wide["a"].to_numpy(), wide["b"].to_numpy())
+    ]
+    ten, one = np.cov([w.mean(axis=1) for w in wins]), np.cov([w.mean(axis=0) for w in wins])
+    contrast = np.array([1, -1])
+    variance = contrast @ (ten / (truth == 1).sum() + one / (truth == 0).sum()) @ contrast
+    difference = wins[0].mean() - wins[1].mean()
+    assert told.estimate == pytest.approx(difference)
+    assert told.high == pytest.approx(difference + norm.ppf(0.975) * np.sqrt(variance))
+
+
+def test_an_ensemble_of_one_is_none_and_its_row_cannot_be_told():
+    ensembles, runs = {"mixed": ("a", "b")}, make_runs("ab")
+    for run in runs:
+        run["epochs"] = [{"validation_loss": 1.0 if run["variant"] == "a" else 2.0}]
+    rows = [Row(show="auc", of="mixed", against="mixed: best member", above=0.0)]
+    claim = make_claim(*rows, ensembles=ensembles)
+    told = judge(claim, runs, add_ensembles(claim, runs, tables(a=2.0, b=1.0)), 0.95)
+    assert told["verdict"] == UNTESTABLE
+    assert "mixed has not answered" in told["rows"][0]["reason"]
