@@ -24,6 +24,7 @@ SILENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "GIT_PYTHON_REFRESH": "quiet", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }  # fmt: skip
+PLACES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
 
 def tracking_uri(var: Path) -> str:
@@ -51,11 +52,12 @@ def open_store(var: Path) -> Any:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     (var / "mlflow").mkdir(parents=True, exist_ok=True)
-    given, place = "MLFLOW_TRACKING_URI" in os.environ, tracking_uri(var)
+    given, place = {name: os.environ.get(name) for name in PLACES}, tracking_uri(var)
     mlflow.set_tracking_uri(place)
     mlflow.set_registry_uri(place)
-    if not given:  # MLflow says it to every child process; another var has another database
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    for name in PLACES:  # MLflow tells them to every child process; another var has another database
+        os.environ.pop(name, None)
+    os.environ.update({name: value for name, value in given.items() if value is not None})
     client = mlflow.MlflowClient()
     try:
         client.search_registered_models(max_results=1)

@@ -1,6 +1,7 @@
 """Training is followed in MLflow, and never waits for it, fails by it or pretends that it was there."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -107,3 +108,11 @@ def test_a_store_that_vanishes_on_the_way_is_told_once_and_the_run_is_not_called
         tell(run, 1, 2, 3)
     assert not run.tracked
     assert capsys.readouterr().err.count("MLflow does not have the whole of this training") == 1
+
+
+def test_no_child_process_inherits_the_store_of_its_parent(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "sqlite:///elsewhere.db")
+    open_store(tmp_path)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert os.environ["MLFLOW_REGISTRY_URI"] == "sqlite:///elsewhere.db"
