@@ -27,7 +27,13 @@ class Checkout:
             **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "200",
         }  # fmt: skip
-        for name in ("FORMULARY_ROOT", "FORMULARY_VAR", "FORMULARY_BUILD", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        for name in (
+            "FORMULARY_ROOT",
+            "FORMULARY_VAR",
+            "FORMULARY_BUILD",
+            "MLFLOW_TRACKING_URI",
+            "MLFLOW_REGISTRY_URI",
+        ):
             self.environment.pop(name, None)
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
