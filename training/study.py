@@ -252,8 +252,8 @@ def add_ensembles(claim: Claim, runs: list[dict[str, Any]], table: Any) -> Any:
     """Answers of ensembles as if they were variants; validation alone has a say in who is in them.
 
     NAME: the mean of the members whose validation loss is within `ADMITTED` of the best one's, seed by seed;
-    absent where a seed admits one alone, for that is the best. NAME: best member: that one. NAME: one
-    architecture: the mean over seeds of the best member of them all.
+    absent where a seed admits one alone. NAME: best member: that one. NAME: all members: the mean of them
+    all. NAME: one architecture: the mean over seeds of the best member of them all.
     """
     import pandas as pd
 
@@ -264,8 +264,8 @@ def add_ensembles(claim: Claim, runs: list[dict[str, Any]], table: Any) -> Any:
         for seed in seeds:
             own = {member: loss[member, seed] for member in members}
             near[seed] = [member for member in members if own[member] <= ADMITTED * min(own.values())]
-            first = _average(table, [min(own, key=own.__getitem__)], [seed])
-            tables.append(first.assign(variant=f"{name}: best member", seed=seed))
+            for called, who in (("best member", [min(own, key=own.__getitem__)]), ("all members", members)):
+                tables.append(_average(table, who, [seed]).assign(variant=f"{name}: {called}", seed=seed))
         if min(map(len, near.values())) > 1:
             tables += [_average(table, who, [n]).assign(variant=name, seed=n) for n, who in near.items()]
         whole = min(members, key=lambda member: sum(loss[member, seed] for seed in seeds))

@@ -49,6 +49,7 @@ robustness:
     - {show: drop, of: plain, where: held out}
     - {show: energy, of: augmented}
     - {show: auc, of: both, against: "both: best member"}
+    - {show: auc, of: "both: all members"}
 """)
 CLAIMS["robustness"]["variants"]["plain"] = PLAIN
 
