@@ -13,7 +13,8 @@ check: .venv/dev
 up: .venv/ready ; formulary up
 repro: .venv/ready ; dvc repro
 study: .venv/ready ; dvc repro training/pipelines/study/dvc.yaml
-bench: .venv/dev ; python benchmarks/serving.py $(ARGS) && python benchmarks/training.py $(ARGS)
+bench: .venv/dev ; python benchmarks/serving.py $(ARGS) && python benchmarks/training.py $(ARGS) && python benchmarks/ledger.py $(ARGS) && \
+	python benchmarks/gate_drift.py $(ARGS) && python benchmarks/test_set_budget.py $(ARGS)
 soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults tests/data/test_importing.py tests/unit/imaging
 docs: .venv/dev ; mkdocs build --strict --site-dir site
 wheelhouse: .venv/ready ; pip wheel --wheel-dir wheelhouse -r requirements.lock -r requirements-dev.lock -r requirements-scale.lock pip

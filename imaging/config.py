@@ -86,6 +86,11 @@ class Places:
     build: Path
     var: Path
 
+    @property
+    def policies(self) -> Path:
+        """Where the policies of the tasks lie, one YAML file each."""
+        return self.root / "registry" / "policies"
+
     def stage(self, task: str, name: str) -> Path:
         """Where a stage of a task writes, e.g. build/brain-tissue/fit."""
         return self.build / task / name

@@ -14,6 +14,7 @@ FormularyError
 ├── TrustError             a signature, digest, key or parity check that does not hold
 ├── RegistryError          a decision that cannot be taken
 │   ├── UnknownVersion     no such version of the task
+│   ├── NotAuthenticated   nobody says who asks, or nobody who is believed
 │   ├── Forbidden          this person may not do it
 │   ├── Refused            the gate said no; the reasons are in the fact
 │   └── Conflict           somebody else was first
@@ -21,6 +22,7 @@ FormularyError
     ├── SiteRequired       the request does not say its site
     ├── UnknownSite        a site that is not in sites.yaml
     ├── NotApproved        no version is approved for this task at this site
+    │   └── Suspended      one is, and somebody stopped it
     ├── NotReady           models are loading, or the service is stopping
     └── JournalDown        the journal cannot take a row, so no answer may leave
 """
@@ -116,6 +118,12 @@ class UnknownVersion(RegistryError):
     title = "No such version"
 
 
+class NotAuthenticated(RegistryError):
+    """Nobody says who asks, or nobody who is believed."""
+
+    title = "Who asks?"
+
+
 class Forbidden(RegistryError):
     """This person may not do it."""
 
@@ -156,6 +164,12 @@ class NotApproved(ServingError):
     """No version is approved for this task at this site."""
 
     title = "Not approved at this site"
+
+
+class Suspended(NotApproved):
+    """A version is approved here, and somebody stopped it."""
+
+    title = "Suspended at this site"
 
 
 class NotReady(ServingError):

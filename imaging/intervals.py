@@ -58,11 +58,11 @@ def design_effect(values: NDArray[np.integer], subjects: NDArray[Any]) -> float:
     Returns:
         At least 1; exactly 1 with one image a subject.
     """
-    groups = group_by_subject(values.astype(float), subjects)
-    middle, images, count = float(values.mean()), len(values), len(groups)
+    names, people = np.unique(subjects, return_inverse=True)
+    middle, images, count = float(values.mean()), len(values), len(names)
     if count < 2 or np.ptp(values) == 0:
         return float(max(1.0, images / max(count, 1)))
-    residuals = np.array([(group - middle).sum() for group in groups])
+    residuals = np.bincount(people, values - middle)
     variance = count / (count - 1) * float((residuals**2).sum()) / images**2
     return max(1.0, variance / (float(values.var()) / (images - 1)))
 
@@ -120,7 +120,8 @@ def bootstrap_mean(
         return Estimate(estimate=middle, low=bounds[0], high=bounds[1], method="too few subjects", **facts)
     # BCa's jackknife takes the square of the subjects, and of so many it changes nothing.
     method = "BCa" if len(means) <= 5000 else "percentile"
-    how: dict[str, Any] = {"n_resamples": 2000, "batch": max(1, 4_000_000 // len(means)), "method": method}
+    draws = max(2000, round(40 / (1 - confidence)))  # 20 of them beyond each end
+    how: dict[str, Any] = {"n_resamples": draws, "batch": max(1, 4_000_000 // len(means)), "method": method}
     rng = np.random.default_rng(seed)
     told = bootstrap((means,), np.mean, confidence_level=confidence, rng=rng, **how)
     low, high = (float(end) for end in told.confidence_interval)
@@ -156,7 +157,7 @@ def bootstrap_statistic(
     for place, group in enumerate(groups):
         table[place, : len(group)] = group
     found = []
-    for _ in range(1000):
+    for _ in range(max(1000, round(40 / (1 - confidence)))):
         drawn = [generator.integers(low, high, high - low) for low, high in pairwise(ends)]
         kept = table[np.concatenate(drawn)].ravel()
         found.append(statistic(kept[kept >= 0]))

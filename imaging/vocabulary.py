@@ -84,6 +84,7 @@ class Slot(StrEnum):
     """The places a version can hold for a task."""
 
     CHAMPION = "champion"
+    CHALLENGER = "challenger"
     PREVIOUS = "previous"
 
 
@@ -94,11 +95,36 @@ class Decision(StrEnum):
     KEY_REVOKED = "key-revoked"
     REGISTERED = "registered"
     RENEWED = "renewed"
+    TEST_SET_USED = "test-set-used"
     REQUESTED = "requested"
     REFUSED = "refused"
+    REJECTED = "rejected"
     APPROVED = "approved"
+    CHALLENGED = "challenged"
     ROLLED_BACK = "rolled-back"
+    SUSPENDED = "suspended"
+    RESUMED = "resumed"
+    RETIRED = "retired"
+    EXPORTED = "exported"
     INCIDENT = "incident"
+
+
+class Scope(StrEnum):
+    """What an identity may do in the registry."""
+
+    TRAIN = "train"
+    REGISTER = "register"
+    APPROVE = "approve"
+    PROMOTE = "promote"
+    READ_AUDIT = "read-audit"
+    KEYS = "keys"
+
+
+class Spending(StrEnum):
+    """How the error that a policy allows is spread over the uses of a locked test set."""
+
+    HARMONIC = "harmonic"
+    EQUAL = "equal"
 
 
 class Statement(StrEnum):

@@ -5,16 +5,49 @@ from __future__ import annotations
 import getpass
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from imaging.errors import ConfigError, Forbidden
-from imaging.vocabulary import Decision
+from pydantic import Field
+
+from imaging.config import Places, read_yaml
+from imaging.errors import ConfigError, Forbidden, NotAuthenticated
+from imaging.recipe import Section
+from imaging.vocabulary import Decision, Scope
+from registry.events import TrustedKey
 from registry.ledger import Ledger
 from registry.signing import Signer, create_signer, key_path, load_signer
 
 
+@dataclass(frozen=True)
+class Desk:
+    """Where records lie: enough to look at them.
+
+    Attributes:
+        places: of the checkout.
+        ledger: where decisions go.
+    """
+
+    places: Places
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Acting(Desk):
+    """A person at work.
+
+    Attributes:
+        signer: who acts.
+        because: why, in a sentence.
+    """
+
+    signer: Signer
+    because: str = ""
+
+
 def name_identity(given: str | None) -> str:
-    """The acting identity: as given, else FORMULARY_IDENTITY, else the name of the OS user.
+    """The acting identity: as given, else FORMULARY_IDENTITY, else the name of the OS user; in lower case.
 
     Raises:
         ConfigError: not a name of letters, digits and . _ - @.
@@ -22,37 +55,142 @@ def name_identity(given: str | None) -> str:
     name = given or os.environ.get("FORMULARY_IDENTITY") or getpass.getuser()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name):
         raise ConfigError(f"{name[:64]!r} is not an identity.", "Use letters, digits and . _ - @.")
-    return name
+    return name.lower()
 
 
-def act(var: Path, ledger: Ledger, given: str | None) -> Signer:
-    """The signer of the acting identity.
+class Issuer(Section):
+    """Whose tokens are believed. Keys are a file: nothing is fetched.
+
+    Attributes:
+        issuer: the token's `iss`.
+        audience: the token's `aud`.
+        keys: a JWKS file with EC P-256 public keys, relative to the checkout.
+        identity: the claim that names the person.
+    """
+
+    issuer: str
+    audience: str
+    keys: Path
+    identity: str = "sub"
+
+
+class Roles(Section):
+    """roles.yaml: who may do what. Without the file everybody with a trusted key may do everything.
+
+    Attributes:
+        identities: name -> scopes; who is not named may do nothing.
+        issuers: whose tokens (JWT, ES256) name a person. Their `scope` claim grants, to a person who is named
+            here no more than stands here.
+    """
+
+    identities: dict[str, tuple[Scope, ...]] = Field(default_factory=dict)
+    issuers: tuple[Issuer, ...] = ()
+
+
+def read_roles(places: Places) -> Roles | None:
+    """roles.yaml of the checkout; None where there is none."""
+    path = places.root / "roles.yaml"
+    return read_yaml(path, Roles) if path.exists() else None
+
+
+def act(places: Places, ledger: Ledger, given: str | None, scope: Scope | None = None) -> Signer:
+    """The signer of the acting identity: of FORMULARY_TOKEN where it is set, else of the name.
+
+    Args:
+        places: of the checkout.
+        ledger: which keys are trusted.
+        given: a name, or None for FORMULARY_IDENTITY or the OS user.
+        scope: what is about to be done; None asks for no scope.
 
     Raises:
         TrustError: the identity has no key here.
-        Forbidden: the ledger does not trust the key, or no longer, or knows it as another person's.
+        Forbidden: the ledger does not trust the key, or no longer, or knows it as another person's; or the
+            identity may not do it.
     """
-    signer = load_signer(var, name_identity(given))
+    if token := os.environ.get("FORMULARY_TOKEN"):
+        return act_by_token(places, ledger, token, scope)
+    signer = load_signer(places.var, name_identity(given))
     known = ledger.trusted_keys()
-    if signer.key_id in known:
-        return _same_person(signer, known[signer.key_id].identity)
+    if signer.key_id not in known:
+        raise Forbidden(
+            f"The key of {signer.identity} is not trusted by the ledger.",
+            f"Somebody trusted runs: formulary registry keys create --identity {signer.identity}",
+        )
+    _allow(read_roles(places), signer.identity, scope)
+    return _same_person(signer, known[signer.key_id].identity)
+
+
+def act_by_token(places: Places, ledger: Ledger, token: str, scope: Scope | None) -> Signer:
+    """The signer for the person that a token names: their own key where it lies here, else an attesting one.
+
+    Raises:
+        NotAuthenticated: no issuer is configured; the token is forged, expired or another audience's.
+        Forbidden: its person may not do it, or no trusted key is here that could sign.
+    """
+    roles = read_roles(places)
+    if not roles or not roles.issuers:
+        raise NotAuthenticated("Tokens are not configured.", "Name an issuer in roles.yaml.")
+    identity, scopes = _read_token(places, roles, token)
+    if scopes is not None and scope is not None and scope not in scopes:
+        raise Forbidden(f"The token of {identity} has no scope {scope}.", "Ask for a token that has it.")
+    if scopes is None or identity in map(str.lower, roles.identities):
+        _allow(roles, identity, scope)
+    known = ledger.trusted_keys()
+    for key in sorted(known.values(), key=lambda one: one.identity != identity):
+        if (key.identity == identity or key.attests) and key_path(places.var, key.identity).exists():
+            signer = load_signer(places.var, key.identity)
+            if signer.key_id == key.key:
+                return signer if key.identity == identity else replace(signer, speaks_for=identity)
     raise Forbidden(
-        f"The key of {signer.identity} is not trusted by the ledger.",
-        f"Somebody trusted runs: formulary registry keys create --identity {signer.identity}",
+        f"No trusted key here signs for {identity}.",
+        "Make one: formulary registry keys create --identity registry --attests",
     )
 
 
-def admit(var: Path, ledger: Ledger, identity: str, by: str | None = None) -> Signer:
+def _read_token(places: Places, roles: Roles, token: str) -> tuple[str, set[str] | None]:
+    """Whom a token names, and its scopes; None where it has no `scope`."""
+    import jwt
+
+    for issuer in roles.issuers:
+        asked: Any = {"require": ["exp", "iat", "aud", "iss", issuer.identity]}
+        try:
+            keys = jwt.PyJWKSet.from_json((places.root / issuer.keys).read_text())
+            key = keys[jwt.get_unverified_header(token)["kid"]]
+            claims = jwt.decode(token, key.key, ["ES256"], audience=issuer.audience, issuer=issuer.issuer,
+                                options=asked)  # fmt: skip
+            told = claims.get("scope")
+            scopes = None if told is None else set(told.split() if isinstance(told, str) else told)
+            return name_identity(str(claims[issuer.identity])), scopes
+        except (jwt.PyJWTError, ConfigError, KeyError, OSError, TypeError, ValueError):
+            continue  # whatever is wrong with it: this issuer does not vouch for it
+    raise NotAuthenticated("No configured issuer signed this token for us, or it expired.", "Get a new one.")
+
+
+def _allow(roles: Roles | None, identity: str, scope: Scope | None) -> None:
+    held = {name.lower(): scopes for name, scopes in roles.identities.items()} if roles else {}
+    if roles and scope and scope not in held.get(identity, ()):
+        raise Forbidden(f"{identity} may not {scope}.", "roles.yaml says who may.")
+
+
+def admit(var: Path, ledger: Ledger, identity: str, by: str | None = None, attests: bool = False) -> Signer:
     """Make (or keep) an identity's key and write the trust into the ledger.
 
     The first key of a ledger vouches for itself; every later one needs a trusted key, `by` or the first
-    trusted one that lies in var/keys.
+    trusted one that lies in var/keys. A key that `attests` signs for the persons that tokens name.
 
     Raises:
-        Forbidden: no trusted key is at hand to vouch; the key was revoked, or is another person's.
+        Forbidden: no trusted key is at hand to vouch; the key was revoked, or is another person's; the
+            identity has a trusted key elsewhere.
     """
-    known = ledger.trusted_keys()
-    signer = create_signer(var, name_identity(identity))
+    known, identity = ledger.trusted_keys(), name_identity(identity)
+    owned = {key.key for key in known.values() if key.identity == identity}
+    here = key_path(var, identity).exists()
+    if owned and not (here and load_signer(var, identity).key_id in {*owned, *known}):
+        raise Forbidden(
+            f"{identity} has the trusted key {min(owned)} elsewhere.",
+            "Act where it lies; or have it revoked first, or rotated by its owner.",
+        )
+    signer = create_signer(var, identity)
     if signer.key_id in known:
         return _same_person(signer, known[signer.key_id].identity)
     if signer.key_id in {event.body["key"] for event in ledger.events(kind=Decision.KEY_REVOKED)}:
@@ -60,11 +198,37 @@ def admit(var: Path, ledger: Ledger, identity: str, by: str | None = None) -> Si
             f"The key of {signer.identity} was revoked.",
             f"Move {key_path(var, signer.identity)} away and run this again: it makes a new one.",
         )
-    voucher = signer if not ledger.has_events() else _voucher(var, ledger, by)
-    body = {"identity": signer.identity, "key": signer.key_id, "public": signer.public_pem}
+    voucher = _voucher(var, known, by) if known else signer
     with ledger.writing() as writer:
-        writer.append(Decision.KEY_TRUSTED, "", body, voucher)
+        writer.append(Decision.KEY_TRUSTED, "", _describe_key(signer, attests), voucher)
     return signer
+
+
+def rotate(var: Path, ledger: Ledger, identity: str, because: str) -> Signer:
+    """Give an identity a new key, which the old one vouches for, and revoke the old one.
+
+    What the old key signed before holds on: the ledger cites it.
+
+    Raises:
+        TrustError: the identity has no key here.
+        Forbidden: the ledger does not trust it.
+    """
+    old = load_signer(var, identity)
+    known = ledger.trusted_keys()
+    if old.key_id not in known:
+        raise Forbidden(f"The key of {identity} is not trusted.", "See `formulary registry keys list`.")
+    path = key_path(var, identity)
+    path.rename(kept := path.with_suffix(f".{old.key_id}"))
+    try:
+        new = create_signer(var, identity)
+        with ledger.writing() as writer:
+            writer.append(Decision.KEY_TRUSTED, "", _describe_key(new, known[old.key_id].attests), old)
+            writer.append(Decision.KEY_REVOKED, "", {"key": old.key_id, "because": because}, new)
+    except BaseException:
+        kept.rename(path)  # the ledger knows nothing of a new key
+        raise
+    kept.unlink()
+    return new
 
 
 def revoke(ledger: Ledger, key: str, signer: Signer, because: str) -> None:
@@ -73,13 +237,18 @@ def revoke(ledger: Ledger, key: str, signer: Signer, because: str) -> None:
     Raises:
         Forbidden: the key is not trusted, or it is the last one.
     """
-    known = ledger.trusted_keys()
-    if key not in known:
-        raise Forbidden(f"No trusted key {key[:20]!r}.", "See `formulary registry keys list`.")
-    if len(known) == 1:
-        raise Forbidden("This is the last trusted key.", "Create another one first.")
     with ledger.writing() as writer:
+        known = writer.trusted_keys()
+        if key not in known:
+            raise Forbidden(f"No trusted key {key[:20]!r}.", "See `formulary registry keys list`.")
+        if len(known) == 1:
+            raise Forbidden("This is the last trusted key.", "Create another one first.")
         writer.append(Decision.KEY_REVOKED, "", {"key": key, "because": because}, signer)
+
+
+def _describe_key(signer: Signer, attests: bool) -> dict[str, Any]:
+    told = {"identity": signer.identity, "key": signer.key_id, "public": signer.public_pem}
+    return told | ({"attests": True} if attests else {})
 
 
 def _same_person(signer: Signer, owner: str) -> Signer:
@@ -92,14 +261,13 @@ def _same_person(signer: Signer, owner: str) -> Signer:
     return signer
 
 
-def _voucher(var: Path, ledger: Ledger, by: str | None) -> Signer:
-    if by:
-        return act(var, ledger, by)
-    for trusted in ledger.trusted_keys().values():
-        if key_path(var, trusted.identity).exists():
+def _voucher(var: Path, known: dict[str, TrustedKey], by: str | None) -> Signer:
+    for trusted in known.values():
+        if by in (None, trusted.identity) and key_path(var, trusted.identity).exists():
             candidate = load_signer(var, trusted.identity)
             if candidate.key_id == trusted.key:
                 return candidate
     raise Forbidden(
-        "No trusted key lies in var/keys to vouch for a new one.", "Ask a trusted person to run this."
+        f"No trusted key {'of ' + by if by else ''} lies in var/keys to vouch for a new one.",
+        "Ask a trusted person to run this.",
     )

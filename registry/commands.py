@@ -5,32 +5,31 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
-from imaging.config import Places, read_params, read_places, read_sites
+from imaging.config import read_params, read_places, read_sites
 from imaging.errors import FormularyError
 from imaging.terminal import print_table
-from registry.events import Event
-from registry.ledger import Ledger, open_ledger
+from imaging.vocabulary import Scope
+from registry.decision_commands import (
+    AS_JSON,
+    BECAUSE,
+    IDENTITY,
+    make_commands,
+    open_audit,
+    open_registry,
+    print_events,
+    tell_interval,
+)
 from registry.package import shelf
 
-IDENTITY = click.option(
-    "--identity", default=None, help="Who acts. Default: FORMULARY_IDENTITY, else your OS user."
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-BECAUSE = click.option("--because", required=True, help="Why, in a sentence; it stands in the ledger.")
 
-
-@click.group()
+@click.group(commands=make_commands())
 def registry() -> None:
     """Versions, evidence and the decisions about them."""
-
-
-def _open() -> tuple[Places, Ledger]:
-    places = read_places()
-    return places, open_ledger(places.var)
 
 
 @registry.group()
@@ -43,12 +42,15 @@ def keys() -> None:
 @click.option(
     "--by", default=None, help="The trusted identity that vouches. Default: the first one with a key here."
 )
-def create_key(identity: str | None, by: str | None) -> None:
+@click.option("--attests", is_flag=True, help="It signs for the persons that tokens name (roles.yaml).")
+def create_key(identity: str | None, by: str | None, attests: bool) -> None:
     """Make a key for an identity and let the ledger trust it. A ledger's first key vouches for itself."""
-    from registry.access import admit, name_identity
+    from registry.access import act, admit, name_identity, read_roles
 
-    places, ledger = _open()
-    signer = admit(places.var, ledger, name_identity(identity), by)
+    places, ledger = open_registry()
+    if read_roles(places) and ledger.trusted_keys():
+        by = act(places, ledger, by, Scope.KEYS).identity
+    signer = admit(places.var, ledger, name_identity(identity), by, attests)
     click.echo(f"{signer.identity} signs with key {signer.key_id}, kept in {places.var / 'keys'}.")
 
 
@@ -56,7 +58,7 @@ def create_key(identity: str | None, by: str | None) -> None:
 @AS_JSON
 def list_keys(as_json: bool) -> None:
     """Keys that the ledger trusts now."""
-    _, ledger = _open()
+    _, ledger = open_registry()
     trusted = list(ledger.trusted_keys().values())
     if as_json:
         click.echo(json.dumps([vars(key) for key in trusted]))
@@ -72,9 +74,34 @@ def revoke_key(key: str, identity: str | None, because: str) -> None:
     """Stop trusting KEY, an id that `keys list` shows."""
     from registry.access import act, revoke
 
-    places, ledger = _open()
-    revoke(ledger, key, act(places.var, ledger, identity), because)
-    click.echo(f"Key {key} is not trusted any more. Statements it signed are refused from now on.")
+    places, ledger = open_registry()
+    revoke(ledger, key, act(places, ledger, identity, Scope.KEYS), because)
+    click.echo(f"Key {key} is not trusted any more: what it signs from now on is refused.")
+
+
+@keys.command("rotate")
+@IDENTITY
+@BECAUSE
+def rotate_key(identity: str | None, because: str) -> None:
+    """Give an identity a new key and revoke the old one; what the old one signed holds on."""
+    from registry.access import name_identity, rotate
+
+    places, ledger = open_registry()
+    signer = rotate(places.var, ledger, name_identity(identity), because)
+    click.echo(f"{signer.identity} signs with key {signer.key_id} from now on.")
+
+
+@keys.command("export")
+@IDENTITY
+def export_key(identity: str | None) -> None:
+    """Print the public key of an identity, for whoever verifies evidence elsewhere."""
+    from registry.access import name_identity
+
+    _, ledger = open_registry()
+    name = name_identity(identity)
+    click.echo(
+        "".join(key.public for key in ledger.trusted_keys().values() if key.identity == name), nl=False
+    )
 
 
 @registry.command()
@@ -85,26 +112,27 @@ def revoke_key(key: str, identity: str | None, because: str) -> None:
 def register(tasks: tuple[str, ...], identity: str | None) -> None:
     """Sign what the pipeline made, give it a version, mirror it to MLflow. Again changes nothing."""
     from registry.access import act
-    from registry.promotion import register as register_version
-    from registry.store import mirror_versions
+    from registry.mirror import mirror_versions
+    from registry.registration import register as register_version
 
-    places, ledger = _open()
-    signer, params = act(places.var, ledger, identity), read_params(places)
+    places, ledger = open_registry()
+    signer, params = act(places, ledger, identity, Scope.REGISTER), read_params(places)
     for task in tasks or params.tasks:
         params.task(task)
         made = register_version(places, ledger, task, signer)
         click.echo(f"{task} v{made.version} {made.did}  {made.digest[:19]}")
-        logged = mirror_versions(places.var, ledger, task)
+        logged = mirror_versions(places, ledger, task)
         if logged:
             click.echo(f"{task}: MLflow has {', '.join(f'v{number}' for number in logged)} now")
 
 
 @registry.command("list")
 @click.option("--task", default=None, help="Only this task.")
+@IDENTITY
 @AS_JSON
-def list_versions(task: str | None, as_json: bool) -> None:
+def list_versions(task: str | None, as_json: bool, identity: str | None) -> None:
     """Versions, and where each one serves."""
-    _, ledger = _open()
+    _, ledger = open_audit(identity)
     rows: list[dict[str, Any]] = []
     for name, number, digest, event in ledger.versions(task):
         sites = sorted(site for site, held in ledger.champions(name).items() if held.digest == digest)
@@ -121,12 +149,13 @@ def list_versions(task: str | None, as_json: bool) -> None:
 @registry.command()
 @click.argument("task")
 @click.argument("version", type=int)
+@IDENTITY
 @AS_JSON
-def show(task: str, version: int, as_json: bool) -> None:
+def show(task: str, version: int, as_json: bool, identity: str | None) -> None:
     """What is known of VERSION of TASK: contract, evidence, decisions."""
     from registry.evidence import verify_package
 
-    places, ledger = _open()
+    places, ledger = open_audit(identity)
     digest, _ = ledger.version(task, version)
     evidence = verify_package(shelf(places.var, digest), ledger)
     if as_json:
@@ -139,14 +168,10 @@ def show(task: str, version: int, as_json: bool) -> None:
         f"{task} v{version}  {digest}\ncommit {made['commit']}  signed by {evidence.signed_by['package']}"
     )
     metrics = list(scores["overall"])
-    rows = [[site, *(_interval(told.get(metric)) for metric in metrics)]
+    rows = [[site, *(tell_interval(told.get(metric)) for metric in metrics)]
             for site, told in {"overall": scores["overall"], **scores["sites"]}.items()]  # fmt: skip
     print_table("Locked test sets, 95 % intervals by subject", ["site", *metrics], rows)
-    _print_events([event for event in ledger.events(task) if event.body.get("version") == version])
-
-
-def _interval(score: dict[str, Any] | None) -> str:
-    return f"{score['estimate']:.2f} [{score['low']:.2f} {score['high']:.2f}]" if score else "-"
+    print_events([event for event in ledger.events(task) if event.body.get("version") == version])
 
 
 @registry.group()
@@ -156,133 +181,75 @@ def policy() -> None:
 
 @policy.command("check")
 @click.argument("task")
+@IDENTITY
 @AS_JSON
-def check_policy(task: str, as_json: bool) -> None:
-    """Read the policy of TASK and say it in plain sentences."""
-    from registry.gates import explain_policy, read_policy
+def check_policy(task: str, as_json: bool, identity: str | None) -> None:
+    """Read the policy of TASK and say it in plain sentences, with its power on the cohort at hand."""
+    from registry.evidence import verify_package
+    from registry.policy import explain_policy, read_policy
+    from registry.power import estimate_power, explain_power
 
-    found = read_policy(task)
+    places, ledger = open_audit(identity)
+    found, versions = read_policy(task, places.policies), ledger.versions(task)
+    told, power = explain_policy(found), None
+    if versions:  # the newest one's predictions are the cohort at hand
+        evidence = verify_package(shelf(places.var, versions[-1][2]), ledger)
+        power = estimate_power(found, evidence, read_sites(places))
+        told += explain_power(power)
+    else:
+        told.append("No version is registered, so there is no cohort to tell the power on.")
     if as_json:
-        click.echo(found.model_dump_json())
+        click.echo(json.dumps({**found.model_dump(mode="json"), "power": power}))
         return
-    for sentence in explain_policy(found):
+    for sentence in told:
         click.echo(f"- {sentence}")
 
 
-@registry.command()
-@click.argument("task")
-@click.argument("version", type=int)
-@click.option("--dry-run", is_flag=True, help="Say the verdict and write nothing.")
-@IDENTITY
-@AS_JSON
-def promote(task: str, version: int, dry_run: bool, identity: str | None, as_json: bool) -> None:
-    """Ask for VERSION of TASK: the gate judges it, site by site. A second person approves."""
-    from registry.access import act
-    from registry.evidence import verify_package
-    from registry.gates import digest_policy, judge, read_policy
-    from registry.promotion import request
+@policy.command("schema")
+def print_schema() -> None:
+    """Print the JSON Schema of a policy, for editors."""
+    from registry.policy import policy_schema
 
-    places, ledger = _open()
-    judged = (read_policy(task), digest_policy(task), read_sites(places))
-    digest, event = ledger.version(task, version)
-    if dry_run:
-        verdict, asked = judge(verify_package(shelf(places.var, digest), ledger), judged[0], judged[2]), None
-    else:
-        verdict, asked = request(ledger, places.var, event, judged, act(places.var, ledger, identity))
-    if as_json:
-        click.echo(json.dumps({**verdict.model_dump(mode="json"), "asked": asked.seq if asked else None}))
-        return
-    rows = [[name, "ok" if found.passed else "REFUSED", "; ".join(found.reasons)]
-            for name, found in {"network": verdict.network, **verdict.sites}.items()]  # fmt: skip
-    print_table(f"{task} v{version} -> champion", ["where", "gate", "reasons"], rows)
-    if asked:
-        click.echo(f"Waits for a second person: formulary registry approve {task} {version} --because ...")
-    else:
-        click.echo("Nothing has changed." if dry_run else "It is champion at each of these sites already.")
+    click.echo(json.dumps(policy_schema(), indent=1))
 
 
 @registry.command()
 @click.argument("task")
 @click.argument("version", type=int)
-@BECAUSE
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=None,
+              help="Write to this file instead of the terminal.")  # fmt: skip
 @IDENTITY
-def approve(task: str, version: int, because: str, identity: str | None) -> None:
-    """Agree to VERSION of TASK, which somebody else asked for: it serves at the sites that passed."""
-    from registry.access import act
-    from registry.promotion import approve as agree
-
-    places, ledger = _open()
-    sites = agree(ledger, places.var, task, version, (act(places.var, ledger, identity), because))
-    click.echo(f"{task} v{version} is champion at {', '.join(sites)}.")
-
-
-@registry.command()
-@click.argument("task")
-@click.option("--site", default=None, help="Only this site. Default: wherever there is a previous version.")
-@BECAUSE
-@IDENTITY
-def rollback(task: str, site: str | None, because: str, identity: str | None) -> None:
-    """Put the previous champion of TASK back. One person suffices."""
-    from registry.access import act
-    from registry.promotion import roll_back
-
-    places, ledger = _open()
-    moved = roll_back(ledger, places.var, task, site, (act(places.var, ledger, identity), because))
-    for name, version in moved.items():
-        click.echo(f"{'network' if name == '*' else name}: {task} v{version} serves again")
-
-
-@registry.command()
-@click.argument("task", required=False)
 @AS_JSON
-def history(task: str | None, as_json: bool) -> None:
-    """Every decision, oldest first; of TASK, if one is named."""
-    _, ledger = _open()
-    events = ledger.events(task)
-    if as_json:
-        click.echo(json.dumps([vars(event) for event in events]))
+def card(task: str, version: int, out: Path | None, as_json: bool, identity: str | None) -> None:
+    """The model card of VERSION of TASK, as a page or as JSON."""
+    from registry.card import present
+    from registry.policy import read_policy
+
+    places, ledger = open_audit(identity)
+    text = present(ledger, places.var, read_policy(task, places.policies), version, as_json)
+    if out:
+        out.write_text(text)
     else:
-        _print_events(events)
-
-
-def _version(event: Event) -> str:
-    return f"v{event.body['version']}" if "version" in event.body else ""
-
-
-def _print_events(events: list[Event]) -> None:
-    rows = [[str(event.seq), event.at[:19], event.task, event.kind, _version(event),
-             event.actor, ", ".join(event.body.get("sites", [])),
-             str(event.body.get("because") or event.body.get("fact") or "")] for event in events]  # fmt: skip
-    print_table("Ledger", ["#", "when (UTC)", "task", "decision", "version", "by", "sites", "because"], rows)
-
-
-@registry.command()
-def verify() -> None:
-    """Read the ledger and every package again and name the first thing that does not hold."""
-    from registry.evidence import verify_package
-
-    places, ledger = _open()
-    count = ledger.verify()
-    versions = ledger.versions()
-    for _, _, digest, _ in versions:
-        verify_package(shelf(places.var, digest), ledger)
-    click.echo(f"{count} events and {len(versions)} packages hold.")
+        click.echo(text)
 
 
 @registry.command()
 @click.option("--watch", is_flag=True, help="Go on until stopped, looking every two seconds.")
 def mirror(watch: bool) -> None:
     """Carry decisions to MLflow's aliases."""
-    from registry.store import drain
+    from registry.mirror import drain
 
-    places, ledger = _open()
+    places, ledger = open_registry()
     if not watch:
-        click.echo("\n".join(drain(places.var, ledger)))
+        click.echo("\n".join(drain(places, ledger)))
+    last: list[str] = []
     while watch:
         try:
-            click.echo("".join(f"{line}\n" for line in drain(places.var, ledger)), nl=False)
+            told = drain(places, ledger)
         except FormularyError as error:
-            click.echo(str(error), err=True)
+            told = [str(error)]
+        click.echo("".join(f"{line}\n" for line in told if line not in last), nl=False)
+        last = told
         time.sleep(2)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from imaging.detection import STRIDE
 from imaging.errors import ConfigError, TrustError
 from imaging.vocabulary import Kind
-from registry.package import Contract, read_golden
+from registry.package import PROGRAM, Contract, read_golden
 
 OUTPUTS = ("logits", "heat", "embedding")
 
@@ -130,9 +130,11 @@ def open_engine(folder: Path, engine: str, precision: str, threads: int = 1) -> 
         raise ConfigError(
             f"No engine {engine}/{precision}.", f"Engines: {', '.join(ENGINES)}; precisions: f32, bf16."
         )
+    if engine == "torch" and not (folder / PROGRAM).exists():
+        raise TrustError("This version came as ONNX and has no program for torch.", "Take another engine.")
     try:
         return ENGINES[engine](folder, precision, threads)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # onnxruntime's own errors have no class in common
         raise TrustError(
             f"{engine} cannot open the package {folder.name[:12]} ({type(error).__name__}).",
             "Build it again.",

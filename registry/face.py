@@ -37,7 +37,9 @@ class Face(mlflow.pyfunc.PythonModel):
         compiled = openvino.Core().compile_model(context.artifacts["model"], "CPU", settings)
         self._request = compiled.create_infer_request()
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(
+        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         """Probabilities of raw slices.
 
         Args:

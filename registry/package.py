@@ -20,11 +20,12 @@ from imaging.preparation import Preparation
 from imaging.recipe import Section
 from imaging.vocabulary import Kind, Modality
 
+PROGRAM = "program.pt2"  # what an import of ONNX does not have
 FILES = (
     "contract.json",
     "weights.safetensors",
     "model.onnx",
-    "program.pt2",
+    PROGRAM,
     "golden.npz",
     "reference.parquet",
 )
@@ -52,14 +53,14 @@ def digest_files(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise TrustError(f"There is no package at {folder}.", "Run `dvc repro`, or restore var/packages.")
     found = {path.name for path in folder.iterdir()}
-    if found != set(FILES):
+    if found | {PROGRAM} != set(FILES):
         raise TrustError(
             f"The package {folder.name} has missing or added files: {sorted(found ^ set(FILES))}.",
-            f"A package has exactly {', '.join(FILES)}.",
+            f"A package has exactly {', '.join(FILES)}; one that came as ONNX has no {PROGRAM}.",
         )
-    if any(not (folder / name).is_file() or (folder / name).is_symlink() for name in FILES):
+    if any(not (folder / name).is_file() or (folder / name).is_symlink() for name in found):
         raise TrustError(f"The package {folder.name} holds a link or a folder.", "Copy the files themselves.")
-    return {name: digest_file(folder / name) for name in FILES}
+    return {name: digest_file(folder / name) for name in FILES if name in found}
 
 
 def digest_package(folder: Path) -> str:

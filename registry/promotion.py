@@ -2,134 +2,161 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from imaging.config import Places, Sites
-from imaging.errors import Conflict, DataError, Forbidden, Refused, RegistryError, TrustError
-from imaging.vocabulary import Decision, Slot, Statement
-from registry.events import NETWORK, Event
+from imaging.config import Places, read_sites
+from imaging.errors import Conflict, Forbidden, Refused
+from imaging.vocabulary import Decision, Statement
+from registry.access import Acting
+from registry.changes import judge_changes
+from registry.events import NETWORK, Event, count_uses
 from registry.evidence import (
     Evidence,
-    describe_provenance,
-    digest_statements,
-    sign_statements,
+    find_cited,
     verify_package,
 )
-from registry.gates import Policy, Verdict, judge
-from registry.ledger import Ledger
-from registry.package import digest_package, shelf, shelve
+from registry.gates import Standing, Verdict, judge
+from registry.ledger import Ledger, Writer
+from registry.package import read_contract, shelf
+from registry.policy import Policy, digest_policy, read_policy
+from registry.predictions import digest_images
 from registry.signing import Signer
+from registry.state import FOLDS, Placement, State
 
-STAGES = {
-    Statement.EVALUATION: ("evaluate", "evaluation.json"),
-    Statement.QUALIFICATION: ("qualify", "qualification.json"),
-    Statement.ALARMS: ("reference", "alarms.json"),
-}
+TOLD = set(FOLDS) - {Decision.REGISTERED, Decision.RENEWED}
 
 
 @dataclass(frozen=True)
-class Registration:
-    """A registered version; `did` is registered, renewed (its evidence was signed again) or known already."""
+class Judgement:
+    """A verdict, and what it rests on.
 
-    task: str
-    version: int
-    digest: str
-    did: str
+    Attributes:
+        verdict: of the gate.
+        evidence: of the version.
+        policy: digest of the policy.
+        approvers: whom the policy names; empty means anybody else.
+        moved: the ledger record that had last moved a slot of the task.
+    """
+
+    verdict: Verdict
+    evidence: Evidence
+    policy: str
+    approvers: tuple[str, ...]
+    moved: int
 
 
-def register(places: Places, ledger: Ledger, task: str, signer: Signer) -> Registration:
-    """Sign what the pipeline made and give it a number. Idempotent by digest. Nobody trusts it yet.
-
-    Where a known package's stages say something new, or what was signed does not hold any more (a revoked
-    key, a damaged file), the evidence is signed again under the same number.
+def judge_version(places: Places, ledger: Ledger, task: str, version: int) -> Judgement:
+    """What the gate says of a version today; nothing is written.
 
     Raises:
-        DataError: a stage has not run, or speaks of another package.
-        TrustError: the package on the shelf was changed.
+        TrustError: the package or a statement does not hold.
     """
-    source = places.stage(task, "package")
-    digest = digest_package(source)
-    bodies = {kind: _read_body(places, task, kind, digest) for kind in STAGES}
-    package = shelve(source, places.var)
-    with ledger.writing() as writer:
-        numbers = {known: number for _, number, known, _ in ledger.versions(task)}
-        if digest in numbers and _is_current(ledger, package, bodies):
-            return Registration(task, numbers[digest], digest, "known already")
-        statement = describe_provenance(places, task)
-        sign_statements(package, {Statement.PACKAGE: statement, **bodies}, signer)
-        kind = Decision.RENEWED if digest in numbers else Decision.REGISTERED
-        number = numbers.get(digest, len(numbers) + 1)
-        body = {"version": number, "digest": digest, "commit": statement["commit"],
-                "evidence": digest_statements(package)}  # fmt: skip
-        writer.append(kind, task, body, signer)
-    return Registration(task, number, digest, str(kind))
+    digest, _ = ledger.version(task, version)
+    evidence = verify_package(shelf(places.var, digest), ledger)
+    policy, decided = read_policy(task, places.policies), ledger.state(task)
+    policy_digest = digest_policy(task, places.policies)
+    sets = digest_images(evidence.statements.get(Statement.EVALUATION, {"sets": {}}))
+    uses = count_uses(ledger.signed())
+    numbers = {one: uses[one].index(digest) + 1 for one in sets.values() if digest in uses.get(one, [])}
+    champions = {site: held[-1] for site, held in decided.trail.items() if held}
+    first = _open_all(places, ledger, decided.first)
+    change = _judge_change(places, policy, first.get(NETWORK), evidence)
+    standing = Standing(_open_all(places, ledger, champions), first, numbers, change)
+    verdict = judge(evidence, policy, read_sites(places), standing)
+    return Judgement(verdict, evidence, policy_digest, policy.approvers, decided.moved)
 
 
-def _is_current(ledger: Ledger, package: Path, bodies: dict[Statement, dict[str, Any]]) -> bool:
-    """Whether the signed statements hold, and say what the stages say now."""
-    try:
-        signed = verify_package(package, ledger).statements
-    except TrustError:
-        return False
-    return all(signed.get(kind) == body for kind, body in bodies.items())
+def _still(writer: Writer, task: str, judged: Judgement) -> State:
+    """The task's state, if what the gate compared is still there.
+
+    Raises:
+        Conflict: slots moved, or the evidence was signed again.
+    """
+    state = writer.state(task)
+    if state.moved != judged.moved:
+        by = next(event for event in writer.events() if event.seq == state.moved)
+        raise Conflict(f"{by.actor} moved the slots of {task} meanwhile ({by.kind}).", "Ask again.")
+    if judged.evidence.cited != _cited(writer, judged.evidence.digest):
+        raise Conflict(f"The evidence of this version of {task} was signed again meanwhile.", "Ask again.")
+    return state
 
 
-def request(
-    ledger: Ledger, var: Path, event: Event, judged: tuple[Policy, str, Sites], signer: Signer
-) -> tuple[Verdict, Event | None]:
+def _judge_change(
+    places: Places, policy: Policy, first: tuple[int, Evidence] | None, candidate: Evidence
+) -> list[str]:
+    """Why the change-control plan does not cover what differs from the first approved version."""
+    if first is None or not policy.changes:
+        return []
+    old, new = ((read_contract(shelf(places.var, one.digest)), one) for one in (first[1], candidate))
+    return judge_changes(old, new, policy.changes)
+
+
+def _open_all(
+    places: Places, ledger: Ledger, placed: dict[str, Placement]
+) -> dict[str, tuple[int, Evidence]]:
+    """The evidence of placements, each package opened once."""
+    opened = {one.digest: verify_package(shelf(places.var, one.digest), ledger) for one in placed.values()}
+    return {site: (one.version, opened[one.digest]) for site, one in placed.items()}
+
+
+def request(acting: Acting, task: str, version: int) -> tuple[Verdict, Event | None]:
     """Ask for a version: run the gate and write its verdict.
-
-    Args:
-        ledger: where the verdict goes.
-        var: where packages are kept.
-        event: the one that registered the version.
-        judged: policy, its digest, and the sites.
-        signer: who asks.
 
     Returns:
         The verdict, and the event; no event when the version is champion at every site that passes.
 
     Raises:
         Refused: no site passes; the reasons stand in the ledger too.
+        Conflict: somebody else asked for it already; asking again oneself changes nothing.
+        Forbidden: it was retired.
         TrustError: the package or a statement does not hold.
     """
-    policy, policy_digest, sites = judged
-    task, number, digest = event.task, int(event.body["version"]), str(event.body["digest"])
-    cited = digest_statements(shelf(var, digest))
-    verdict = judge(_verified(ledger, var, digest), policy, sites)
-    champions = ledger.champions(task)
-    wanted = verdict.approvable
-    if wanted and all(name in champions and champions[name].version == number for name in wanted):
+    ledger = acting.ledger
+    digest, _ = ledger.version(task, version)
+    judged = judge_version(acting.places, ledger, task, version)
+    verdict, champions, wanted = judged.verdict, ledger.champions(task), judged.verdict.approvable
+    if wanted and all(name in champions and champions[name].version == version for name in wanted):
         return verdict, None
-    body = {
-        "version": number, "digest": digest, "policy": policy_digest, "approvers": list(policy.approvers),
-        "verdict": verdict.model_dump(mode="json"), "sites": wanted,
-        "evidence": cited,
-    }  # fmt: skip
     with ledger.writing() as writer:
-        if cited != digest_statements(shelf(var, digest)):
-            raise Conflict(f"The evidence of {task} v{number} was signed again meanwhile.", "Ask again.")
-        asked = writer.append(Decision.REQUESTED if wanted else Decision.REFUSED, task, body, signer)
+        state = _still(writer, task, judged)
+        if asked := _find_open(state, task, version, judged):
+            if asked.actor == acting.signer.actor:
+                return verdict, asked
+            raise Conflict(
+                f"{asked.actor} asked for {task} v{version} already (ledger record {asked.seq}).",
+                f"A second person agrees: formulary registry approve {task} {version} --because ...",
+            )
+        body = {
+            "version": version, "digest": digest, "policy": judged.policy,
+            "approvers": list(judged.approvers), "verdict": verdict.model_dump(mode="json"),
+            "sites": wanted, "evidence": judged.evidence.cited, "generation": state.moved,
+        }  # fmt: skip
+        asked = writer.append(Decision.REQUESTED if wanted else Decision.REFUSED, task, body, acting.signer)
     if not wanted:
         reasons = "; ".join(verdict.network.reasons)
         raise Refused(
-            f"{task} v{number} passes at no site: {reasons}.", "Nothing changed; train a better one."
+            f"{task} v{version} passes at no site: {reasons}.", "Nothing changed; train a better one."
         )
     return verdict, asked
 
 
-def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Signer, str]) -> list[str]:
+def _find_open(state: State, task: str, version: int, judged: Judgement) -> Event | None:
+    """The request for a version, with this digest and this evidence, that waits already."""
+    if judged.evidence.digest in state.retired:
+        raise Forbidden(f"{task} v{version} was retired.", "Register another version.")
+    asked = state.open.get(version)
+    same = asked and asked.body["evidence"] == judged.evidence.cited and asked.body["policy"] == judged.policy
+    return asked if same else None
+
+
+def approve(acting: Acting, task: str, version: int, sites: tuple[str, ...] = ()) -> list[str]:
     """Agree to what somebody else asked for: the slots of the approved sites move in one transaction.
 
     Args:
-        ledger: where the decision goes.
-        var: where packages are kept.
+        acting: who agrees, and why.
         task: the task.
         version: the number asked for.
-        reason: who agrees, and why.
+        sites: some of the sites that passed; empty means all of them.
 
     Returns:
         The sites where the version serves now.
@@ -139,96 +166,72 @@ def approve(ledger: Ledger, var: Path, task: str, version: int, reason: tuple[Si
         Conflict: nobody asked, or something was decided since.
         TrustError: the package or a statement does not hold any more.
     """
-    signer, because = reason
-    digest, registered = ledger.version(task, version)
+    ledger, signer = acting.ledger, acting.signer
+    digest, _ = ledger.version(task, version)
     with ledger.writing() as writer:
-        evidence = _verified(ledger, var, digest)
-        kinds = (Decision.REQUESTED, Decision.REFUSED, Decision.APPROVED, Decision.ROLLED_BACK)
-        asked = writer.latest(task, *kinds)
-        if asked is None or asked.kind != Decision.REQUESTED or asked.body["version"] != version:
-            last = (
-                f"the last decision is {asked.kind} v{asked.body['version']} by {asked.actor}"
-                if asked
-                else "none"
-            )
+        find_request(writer, task, version)  # before the gate's work, so that the winner is named at once
+    judged = judge_version(acting.places, ledger, task, version)
+    with ledger.writing() as writer:
+        asked = find_request(writer, task, version)
+        state = _still(writer, task, judged)
+        makers = {asked.actor, *state.makers[digest], *judged.evidence.signed_by.values()}
+        _second_person(signer, asked, makers)
+        if (asked.body["evidence"], asked.body["policy"]) != (judged.evidence.cited, judged.policy):
             raise Conflict(
-                f"Nothing is open for {task} v{version}: {last}.",
-                f"Ask: formulary registry promote {task} {version}",
-            )
-        _second_person(signer, asked, {asked.actor, registered.actor, *evidence.signed_by.values()})
-        if asked.body["evidence"] != digest_statements(shelf(var, digest)):
-            raise Conflict(
-                f"The evidence of {task} v{version} was signed again since the gate judged it.",
+                f"The policy, or the evidence of {task} v{version}, is another one since the gate judged it.",
                 f"Ask again: formulary registry promote {task} {version}",
             )
-        body = {"version": version, "digest": digest, "because": because, "asked": asked.seq,
-                "sites": asked.body["sites"]}  # fmt: skip
+        chosen = _choose(asked, judged.verdict.approvable, sites)
+        body = {"version": version, "digest": digest, "because": acting.because, "asked": asked.seq,
+                "sites": chosen, "generation": state.moved}  # fmt: skip
         event = writer.append(Decision.APPROVED, task, body, signer)
-        for site in [NETWORK, *asked.body["sites"]]:
+        for site in [NETWORK, *chosen]:
             writer.queue(event, site, version)
-    return list(asked.body["sites"])
+    return chosen
 
 
-def roll_back(
-    ledger: Ledger, var: Path, task: str, site: str | None, reason: tuple[Signer, str]
-) -> dict[str, int]:
-    """Put the previous champion back, at one site or wherever there is one. One person suffices.
-
-    What is rolled back does not become `previous`: it serves again only when it is asked for and approved.
-
-    Returns:
-        Site -> version that serves now.
+def find_request(writer: Writer, task: str, version: int) -> Event:
+    """The request for a version that waits for a second person.
 
     Raises:
-        RegistryError: no previous version there.
-        TrustError: the previous version does not hold any more.
+        Conflict: there is none; the last decision is named, and who took it.
     """
-    signer, because = reason
-    held = ledger.slots(task)
-    chosen = [name for name in held if Slot.PREVIOUS in held[name] and site in (None, name)]
-    if not chosen:
-        raise RegistryError(
-            f"{task} has no previous version at {site or 'any site'}.", "See `formulary registry history`."
-        )
-    for name in chosen:
-        _verified(ledger, var, held[name][Slot.PREVIOUS].digest)
-    with ledger.writing() as writer:
-        moves = {name: held[name][Slot.PREVIOUS].version for name in chosen}
-        now = ledger.slots(task)
-        if now != held:
-            raise Conflict(
-                f"The slots of {task} moved meanwhile.", "Look at `formulary registry history`; try again."
-            )
-        version = max(moves.values())
-        body = {"version": version, "sites": moves, "because": because}
-        event = writer.append(Decision.ROLLED_BACK, task, body, signer)
-        for name, number in moves.items():
-            writer.queue(event, name, number)
-    return moves
+    state = writer.state(task)
+    if version in state.open:
+        return state.open[version]
+    decided = [event for event in writer.events() if event.task == task and event.kind in TOLD]
+    last = "none"
+    if decided:
+        last = f"the last decision is {decided[-1].kind} by {decided[-1].actor}"
+        if "version" in decided[-1].body:
+            last = last.replace(" by ", f" v{decided[-1].body['version']} by ")
+    raise Conflict(
+        f"Nothing is open for {task} v{version}: {last}.",
+        f"Ask: formulary registry promote {task} {version}",
+    )
+
+
+def _cited(writer: Writer, digest: str) -> dict[str, str]:
+    record = find_cited(writer.events(), digest)
+    return dict(record.body["evidence"]) if record else {}
+
+
+def _choose(asked: Event, passing: list[str], sites: tuple[str, ...]) -> list[str]:
+    """The sites that were asked for, named here, and pass today, too."""
+    passed = [name for name in asked.body["sites"] if name in passing]
+    if (unknown := set(sites) - set(passed)) or not passed:
+        where = ", ".join(sorted(unknown)) or "any site"
+        raise Forbidden(f"The gate did not pass {where}.", f"It passed {', '.join(passed) or 'none'}.")
+    return [name for name in passed if not sites or name in sites]
 
 
 def _second_person(signer: Signer, asked: Event, makers: set[str]) -> None:
     """The approver is nobody who made the version, signed its evidence or asked for it."""
-    if signer.identity in makers or signer.key_id == asked.key:
+    own_key = signer.key_id == asked.key and not signer.speaks_for
+    if signer.actor in makers or own_key:
         raise Forbidden(
-            f"{signer.identity} made or asked for this version.", "Another person approves: --identity NAME."
+            f"{signer.actor} made or asked for this version.", "Another person approves: --identity NAME."
         )
     allowed = asked.body["approvers"]
-    if allowed and signer.identity not in allowed:
-        raise Forbidden(f"{signer.identity} may not approve.", f"The policy names {', '.join(allowed)}.")
-
-
-def _verified(ledger: Ledger, var: Path, digest: str) -> Evidence:
-    return verify_package(shelf(var, digest), ledger)
-
-
-def _read_body(places: Places, task: str, kind: Statement, digest: str) -> dict[str, Any]:
-    stage, name = STAGES[kind]
-    path = places.stage(task, stage) / name
-    try:
-        body: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read.", "Run `dvc repro` first.") from error
-    if body.get("package") != digest:
-        raise DataError(f"{path} speaks of another package.", "Run `dvc repro`; it makes the stages agree.")
-    return body
+    if allowed and signer.actor not in allowed:
+        raise Forbidden(f"{signer.actor} may not approve.", f"The policy names {', '.join(allowed)}.")

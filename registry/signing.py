@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,19 @@ class Signer:
     """A person or process that can sign.
 
     Attributes:
-        identity: who, e.g. author@demo.
+        identity: whose key it is, e.g. author@demo.
         private: the key itself; never leaves this module's functions.
+        speaks_for: who acts, where the key's owner read a token that names them; else empty.
     """
 
     identity: str
     private: ec.EllipticCurvePrivateKey
+    speaks_for: str = ""
+
+    @property
+    def actor(self) -> str:
+        """Who acts."""
+        return self.speaks_for or self.identity
 
     @property
     def public_pem(self) -> str:
@@ -95,16 +103,23 @@ def load_signer(var: Path, identity: str) -> Signer:
     return Signer(identity, private)
 
 
+@lru_cache(maxsize=2**14)
 def check_signature(public_pem: str, message: bytes, signature: str) -> bool:
-    """Whether a base64 signature of a message was made by this key."""
-    key = serialization.load_pem_public_key(public_pem.encode())
+    """Whether a base64 signature of a message was made by this key; what was seen once is remembered."""
+    key = _read_public(public_pem)
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False
     try:
-        key.verify(base64.b64decode(signature, validate=True), message, ALGORITHM)
+        raw = base64.b64decode(signature, validate=True)
+        key.verify(raw, message, ALGORITHM)
     except (InvalidSignature, ValueError):
         return False
-    return True
+    return base64.b64encode(raw).decode() == signature  # one spelling: base64 ignores its last bits
+
+
+@lru_cache(maxsize=256)
+def _read_public(pem: str) -> object:
+    return serialization.load_pem_public_key(pem.encode())
 
 
 def state(files: dict[str, str], kind: str, predicate: dict[str, Any]) -> dict[str, Any]:

@@ -1,28 +1,35 @@
-"""MLflow, the mirror: versions, metrics, lineage and aliases for people who only know MLflow.
+"""MLflow: a client of it, its server, and what it is told of a version: run, metrics, data sets, model, tags.
 
-Nothing is decided here. Everything is written from the ledger and the signed statements, so a lost MLflow
-database is filled again by `formulary registry register`. The only owner of mlflow.
+Nothing is decided here. Everything is written from the signed statements, so a lost MLflow database is filled
+again by `formulary registry mirror`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
 from imaging.errors import RegistryError
-from imaging.vocabulary import Statement
+from imaging.vocabulary import Decision, Statement
 from registry.events import NETWORK
-from registry.evidence import Evidence, verify_package
+from registry.evidence import Evidence, flatten
+from registry.guardian import DIGEST, promoting
 from registry.ledger import Ledger
-from registry.package import read_contract, shelf, statements_folder
+from registry.package import read_contract, statements_folder
+from registry.state import FOLDS
 
-DIGEST = "package_digest"
+NOTICE = "Research use only; simulated sites."
 SILENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "GIT_PYTHON_REFRESH": "quiet", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }  # fmt: skip
 PLACES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
@@ -69,113 +76,78 @@ def open_store(var: Path) -> Any:
     return client
 
 
-def mirror_versions(var: Path, ledger: Ledger, task: str) -> list[int]:
-    """Log every version of a task that MLflow lacks, oldest first, and its aliases.
-
-    Returns:
-        Numbers of the versions that were logged.
+@contextmanager
+def mirroring(var: Path) -> Iterator[Any]:
+    """MLflow's client for the one process that may write the mirror now; others wait for it.
 
     Raises:
-        RegistryError: MLflow holds other versions under these numbers.
-        TrustError: a package does not hold any more.
+        RegistryError: MLflow does not answer, or refuses.
     """
-    client = open_store(var)
-    present = _present(client, task)
-    logged = []
-    for _, number, digest, _ in ledger.versions(task):
-        if number in present:
-            _same(task, number, digest, present[number])
-            continue
-        evidence = verify_package(shelf(var, digest), ledger)
-        _log_version(client, shelf(var, digest), evidence, number)
-        logged.append(number)
-    if logged:
-        for site, placement in {NETWORK: None, **ledger.champions(task)}.items():
-            held = placement or ledger.slots(task).get(NETWORK, {}).get("champion")
-            if held:
-                _set_alias(client, task, site, held.version)
-    return logged
+    (var / "mlflow").mkdir(parents=True, exist_ok=True)
+    with (var / "mlflow" / "mirror.lock").open("w") as lock, promoting(var):
+        flock(lock, LOCK_EX)
+        client = open_store(var)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield client
+        except MlflowException as error:
+            raise RegistryError(
+                f"MLflow did not take what the ledger says: {str(error)[:300]}",
+                "Nothing is lost: the next `formulary registry mirror` tries again.",
+            ) from error
 
 
-def drain(var: Path, ledger: Ledger) -> list[str]:
-    """Carry the ledger's moves to MLflow's aliases, oldest first; each row is settled once MLflow has it.
+def log_version(client: Any, package: Path, evidence: Evidence, number: int, logged: Any = None) -> int:
+    """Give MLflow a version: its run, metrics, data sets, model and tags.
+
+    Args:
+        client: MLflow's.
+        package: its folder on the shelf.
+        evidence: of the package.
+        number: by the ledger.
+        logged: MLflow's ModelVersion of it, when only the version is to be made anew.
 
     Returns:
-        What was set, e.g. `brain-tissue@champion = 2`.
-
-    Raises:
-        RegistryError: MLflow does not answer, or does not know the version.
+        The number that MLflow gave it.
     """
-    rows = ledger.pending()
-    if not rows:
-        return []
-    client = open_store(var)
-    told = []
-    for row, task, site, version in rows:
-        _set_alias(client, task, site, version)
-        ledger.settle(row)
-        told.append(f"{task}@{alias_of(site)} = {version}")
-    return told
-
-
-def alias_of(site: str) -> str:
-    """MLflow's name of a champion's slot: `champion`, or `champion--site` (MLflow refuses @)."""
-    return "champion" if site == NETWORK else f"champion--{site}"
+    contract = read_contract(package)
+    _experiment(client, package, contract.task)
+    model, run = (logged.source, logged.run_id) if logged else _log_run(client, package, evidence, number)
+    if not client.search_registered_models(f"name = '{contract.task}'"):
+        client.create_registered_model(contract.task, description=contract.title)
+    told = f"{contract.intended_use} {NOTICE} {contract.simulated}"
+    tags, name = describe_evidence(evidence), model.removeprefix("models:/")
+    made = client.create_model_version(contract.task, model, run, tags, None, told, model_id=name)
+    return int(made.version)
 
 
 def server_command(var: Path, port: int) -> list[str]:
-    """The command line of an MLflow server on loopback over the same database."""
+    """The command line of an MLflow server on loopback over the same database, behind `registry.guardian`."""
     artefacts = var.resolve() / "mlflow" / "artifacts"
     uri = f"sqlite:///{var.resolve()}/mlflow/mlflow.db"
-    return ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", uri, "--default-artifact-root", artefacts.as_uri()]  # fmt: skip
+    return ["mlflow", "server", "--app-name", "formulary", "--host", "127.0.0.1", "--port", str(port),
+            "--workers", "1", "--backend-store-uri", uri,
+            "--default-artifact-root", artefacts.as_uri()]  # fmt: skip
 
 
-def _set_alias(client: Any, task: str, site: str, version: int) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.set_registered_model_alias(task, alias_of(site), str(version))
-    except MlflowException as error:
-        raise RegistryError(
-            f"MLflow does not take {task} v{version} as {alias_of(site)}.",
-            "If its database was lost, `formulary registry register` fills it again.",
-        ) from error
-
-
-def _present(client: Any, task: str) -> dict[int, str]:
-    found = client.search_model_versions(f"name='{task}'", max_results=1000)
-    return {int(version.version): str(version.tags.get(DIGEST, "")) for version in found}
-
-
-def _same(task: str, number: int, digest: str, told: str) -> None:
-    if told != digest:
-        raise RegistryError(
-            f"MLflow holds another package as {task} v{number}.",
-            "Move var/mlflow aside and run `formulary registry register`: the ledger fills it again.",
-        )
-
-
-def _log_version(client: Any, package: Path, evidence: Evidence, number: int) -> None:
+def _log_run(client: Any, package: Path, evidence: Evidence, number: int) -> tuple[str, str]:
+    """Log everything but the version; the address of the model, and the run."""
     import mlflow
 
     made = evidence.body(Statement.PACKAGE)
-    contract = read_contract(package)
-    _experiment(client, package, contract.task)
-    with mlflow.start_run(run_name=f"{contract.task} v{number}") as run:
-        mlflow.log_params(_flatten(made["params"]))
-        _log_metrics(client, run.info.run_id, evidence)
-        _log_cohorts(evidence)
-        mlflow.set_tags(_tags(evidence))
+    with mlflow.start_run(run_name=f"{made['task']} v{number}") as run:
+        params = flatten(made["params"])
+        mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
+        mlflow.set_tags(describe_evidence(evidence))
         mlflow.log_artifacts(str(statements_folder(package)), "statements")
-        info = _log_model(package)
-    version = mlflow.register_model(info.model_uri, contract.task, tags=_tags(evidence))
-    if int(version.version) != number:
-        raise RegistryError(
-            f"MLflow calls {contract.task} v{number} v{version.version}.",
-            "A version was deleted in MLflow: move var/mlflow aside and register again.",
-        )
-    client.update_model_version(contract.task, str(number), contract.intended_use)
+        model = _log_model(package)
+        digests = _log_cohorts(evidence)
+        metrics = list_metrics(evidence, digests, (model, run.info.run_id))
+        for start in range(0, len(metrics), 1000):  # MLflow takes so many at once
+            client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+    client.set_logged_model_tags(model, describe_evidence(evidence))
+    return f"models:/{model}", run.info.run_id
 
 
 def _experiment(client: Any, package: Path, task: str) -> None:
@@ -187,7 +159,7 @@ def _experiment(client: Any, package: Path, task: str) -> None:
     mlflow.set_experiment(task)
 
 
-def _log_model(package: Path) -> Any:
+def _log_model(package: Path) -> str:
     """Models-from-code: the face, with the package's files as artefacts; no pickle anywhere."""
     import mlflow
     import numpy as np
@@ -205,49 +177,84 @@ def _log_model(package: Path) -> Any:
             files[name.split(".")[0]] = package / name
         face = Path(folder) / "face.py"
         face.write_bytes((here / "face.py").read_bytes())
-        return mlflow.pyfunc.log_model(
-            name="model", python_model=str(face), artifacts={name: str(path) for name, path in files.items()},
+        info = mlflow.pyfunc.log_model(
+            name=contract.task, python_model=str(face),
+            artifacts={name: str(path) for name, path in files.items()},
             signature=signature, pip_requirements=["mlflow", "numpy", "openvino", "pydantic"],
         )  # fmt: skip
+    return str(info.model_id)
 
 
-def _log_metrics(client: Any, run: str, evidence: Evidence) -> None:
+def list_metrics(evidence: Evidence, digests: dict[str, str], source: tuple[str, str]) -> list[Any]:
+    """The training's history, and every score with both ends of its interval.
+
+    Names are `overall.auc`, `north.auc.low`, `subgroup.sex.F.auc.high`, `robustness.noise.drop` (the step is
+    its severity) and `robustness.held_out.drop`. Overall scores name the locked set; all name the model.
+    """
     from mlflow.entities import Metric
 
+    model, run = source
     history = evidence.body(Statement.PACKAGE)["history"]["epochs"]
     metrics = [
         Metric(name, float(value), 0, int(epoch["epoch"]))
         for epoch in history for name, value in epoch.items()
         if name != "epoch" and isinstance(value, int | float)
     ]  # fmt: skip
-    scores = evidence.body(Statement.EVALUATION)
-    for where, told in {"overall": scores["overall"], **scores["sites"]}.items():
-        for name, score in told.items():
-            ends = {"": score["estimate"], ".low": score["low"], ".high": score["high"]}
-            metrics += [Metric(f"{where}.{name}{end}", float(value), 0, 0) for end, value in ends.items()]
-    client.log_batch(run, metrics=metrics)
+    for name, step, score in _scores(evidence.body(Statement.EVALUATION)):
+        label = re.sub(r"[^\w\-./ ]", "_", name.replace("+", " or more"))  # MLflow takes no other characters
+        known = name.startswith("overall.") and "test" in digests
+        data = ("test", digests["test"]) if known else (None, None)
+        ends = {"": score.get("estimate"), ".low": score.get("low"), ".high": score.get("high")}
+        metrics += [
+            Metric(label + end, float(value), 0, step, model, *data, run)
+            for end, value in ends.items() if isinstance(value, int | float)
+        ]  # fmt: skip
+    return metrics
 
 
-def _log_cohorts(evidence: Evidence) -> None:
-    """The locked sets as MLflow datasets; full digests are tags, MLflow's own are cut at 36 characters."""
+def _scores(told: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(name, step, score) of everything in an evaluation statement that has an interval."""
+    groups = {
+        f"subgroup.{kind}.{name}": scores
+        for kind, found in told.get("subgroups", {}).items() for name, scores in found.items()
+    }  # fmt: skip
+    for where, scores in {"overall": told["overall"], **told["sites"], **groups}.items():
+        yield from ((f"{where}.{name}", 0, score) for name, score in scores.items())
+    robustness = told.get("robustness") or {"cells": [], "groups": {}}
+    named = [(cell["family"], int(cell["severity"]), cell) for cell in robustness["cells"]]
+    named += [(name, 0, scores) for name, scores in robustness["groups"].items()]
+    for name, step, scores in named:
+        measured = {metric: score for metric, score in scores.items() if isinstance(score, dict)}
+        yield from ((f"robustness.{name}.{metric}", step, score) for metric, score in measured.items())
+
+
+def _log_cohorts(evidence: Evidence) -> dict[str, str]:
+    """The locked sets as MLflow datasets; full digests are tags, MLflow's own are cut at 36 characters.
+
+    Returns:
+        Name of the set -> the digest by which MLflow knows it.
+    """
     import mlflow
     import pandas as pd
 
     task = evidence.body(Statement.PACKAGE)["task"]
+    digests = {}
     for name, facts in evidence.body(Statement.EVALUATION)["sets"].items():
         table = pd.DataFrame([{"images": facts["images"], "subjects": facts["subjects"]}])
-        digest = str(facts["digest"]).removeprefix("sha256:")[:36]
+        digests[name] = str(facts["digest"]).removeprefix("sha256:")[:36]
         dataset = mlflow.data.from_pandas(
-            table, source=f"build/{task}/split/manifest.parquet", digest=digest, name=name
+            table, source=f"build/{task}/split/manifest.parquet", digest=digests[name], name=name
         )
         mlflow.log_input(dataset, context=name)
+    return digests
 
 
-def _tags(evidence: Evidence) -> dict[str, str]:
+def describe_evidence(evidence: Evidence) -> dict[str, str]:
+    """Tags of a version that do not change: commit, digests of package, cohorts, stages and environment."""
     made, scores = evidence.body(Statement.PACKAGE), evidence.body(Statement.EVALUATION)
     tags = {DIGEST: evidence.digest, "commit": made["commit"], "modified": str(made["modified"]),
             "dvc_lock": made["dvc_lock"], "requirements": made["environment"]["requirements"],
-            "notice": "research use only; simulated sites"}  # fmt: skip
+            "notice": NOTICE}  # fmt: skip
     sets = {f"cohort.{name}": facts["digest"] for name, facts in scores["sets"].items()}
     stages = {
         f"dvc.{path.split('/')[-1]}": md5
@@ -256,11 +263,32 @@ def _tags(evidence: Evidence) -> dict[str, str]:
     return tags | sets | stages
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)[:500]
-    return flat
+def describe_decisions(ledger: Ledger, task: str) -> dict[int, dict[str, str]]:
+    """Version -> tags that move with the ledger: `gate.network`, `gate.site.NAME`, `approver`, `status`."""
+    told: dict[int, dict[str, str]] = {}
+    for event in ledger.events(task):
+        if "version" in event.body and event.kind in (Decision.REGISTERED, *FOLDS):
+            tags = told.setdefault(int(event.body["version"]), {})
+            tags |= {"status": event.kind} | _describe_verdict(event.body.get("verdict"))
+            if event.kind == Decision.APPROVED:
+                tags["approver"] = event.actor
+    state = ledger.state(task)
+    held: dict[int, list[str]] = {}
+    for site, slots in state.slots().items():
+        where = ("network" if site == NETWORK else site) + " (suspended)" * bool(state.stopped(site))
+        for slot, placement in slots.items():
+            held.setdefault(placement.version, []).append(f"{slot}: {where}")
+    for version, places in held.items():
+        told[version]["status"] = ", ".join(places)
+    return told
+
+
+def _describe_verdict(verdict: dict[str, Any] | None) -> dict[str, str]:
+    if not verdict:
+        return {}
+    places = {"gate.network": verdict["network"]}
+    places |= {f"gate.site.{site}": found for site, found in verdict["sites"].items()}
+    return {
+        place: f"{'passed' if found['passed'] else 'refused'}: {'; '.join(found['reasons'])}"[:1000]
+        for place, found in places.items()
+    }

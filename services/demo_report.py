@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from imaging.config import Places
-from registry.gates import read_policy
+from registry.card import present
+from registry.ledger import open_ledger
+from registry.policy import read_policy
 
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 
@@ -33,11 +35,13 @@ def write_pages(places: Places, told: dict[str, Any]) -> dict[str, str]:
     """
     from jinja2 import Environment
 
-    folder = places.var / "report"
+    folder, ledger = places.var / "report", open_ledger(places.var)
     links: dict[str, dict[str, str]] = {}
     for task in told:
         (folder / task).mkdir(parents=True, exist_ok=True)
         shutil.copy(places.stage(task, "evaluate") / "report.html", folder / task / "evaluation.html")
+        policy = read_policy(task, places.policies)
+        (folder / task / "card.html").write_text(present(ledger, places.var, policy, told[task]["version"]))
         found = sorted((folder / task).glob("drift-*.html"))
         links[task] = {page.stem.removeprefix("drift-"): f"{task}/{page.name}" for page in found}
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
@@ -47,8 +51,9 @@ def write_pages(places: Places, told: dict[str, Any]) -> dict[str, str]:
     pages = {
         f"drift {task} {site}": str(folder / page) for task in links for site, page in links[task].items()
     }
-    evaluations = {f"evaluation {task}": str(folder / task / "evaluation.html") for task in told}
-    return {"index": str(index), **evaluations, **pages}
+    kinds = {f"{kind} {task}": str(folder / task / f"{kind}.html")
+             for task in told for kind in ("card", "evaluation")}  # fmt: skip
+    return {"index": str(index), **kinds, **pages}
 
 
 def print_table(console: Any, result: dict[str, Any], places: Places) -> None:

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from imaging.config import Places, read_params, read_sites
 from imaging.errors import FormularyError
 from monitoring.journal import open_journal
-from registry.gates import read_policy
 from registry.ledger import open_ledger
+from registry.policy import read_policy
 from services.stack import PORTS, is_free
 
 

@@ -112,6 +112,7 @@ STATUS: dict[type[FormularyError], int] = {
     errors.ServingError: 503,
     errors.TrustError: 503,
     errors.Conflict: 409,
+    errors.NotAuthenticated: 401,
     errors.Forbidden: 403,
     errors.UnknownVersion: 404,
     errors.Refused: 409,

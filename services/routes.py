@@ -30,6 +30,7 @@ from registry.engines import Answers
 from services import guard
 from services.findings import NOTICE, Taken, draw_heat, encode, find, take
 from services.guard import answer_http, answer_problem, answer_unexpected, name_problem, request_id
+from services.registry_routes import make_routes
 from services.schemas import describe_api
 from services.slots import Served, Slots
 
@@ -77,6 +78,7 @@ class Routes:
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/docs", self.docs, methods=["GET"]),
+            *make_routes(self._places),
         ]
         handlers: Any = {
             FormularyError: answer_problem,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from imaging.vocabulary import ContentType
+from services.registry_routes import describe_actions
 
 PROBLEM = {
     "type": "object",
@@ -83,8 +84,12 @@ def describe_api(tasks: tuple[str, ...], sites: tuple[str, ...]) -> dict[str, An
             "/metrics": {"get": _get("Prometheus metrics", "text/plain")},
             "/openapi.json": {"get": _get("This document", "application/json")},
             "/docs": {"get": _get("This document for people", "text/html")},
+            **describe_actions(),
         },
-        "components": {"schemas": {"Problem": PROBLEM, "Answer": ANSWER}},
+        "components": {
+            "schemas": {"Problem": PROBLEM, "Answer": ANSWER},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+        },
     }
 
 

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.config import Places, read_params
-from imaging.errors import Conflict, NotApproved, NotReady, TrustError, UnknownTask
+from imaging.errors import Conflict, NotApproved, NotReady, Suspended, TrustError, UnknownTask
 from imaging.greedy import GreedyWorker
 from imaging.vocabulary import Statement
 from monitoring import telemetry
 from registry.engines import Answers, Engine, check_answers, check_parity, open_engine
-from registry.events import Placement
 from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
 from registry.package import Contract, read_contract, shelf
+from registry.state import Placement, State
 
 LOG = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -105,6 +105,7 @@ class Slots:
         self._generation = -1
         self._refused: dict[str, float] = {}
         self._withheld: dict[tuple[str, str], int] = {}
+        self._states: dict[str, State] = {}
         self._retired: list[tuple[float, Served]] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -130,6 +131,7 @@ class Slots:
         Raises:
             UnknownTask: no such task.
             NotApproved: nothing is approved there.
+            Suspended: somebody stopped it there.
             TrustError: what is approved there was changed, and nothing served before it.
             NotReady: the service has not read the ledger yet.
         """
@@ -137,6 +139,12 @@ class Slots:
             raise UnknownTask(f"No task {task[:60]!r}.", f"Tasks: {', '.join(self.tasks)}.")
         if self._generation < 0:
             raise NotReady("Models are loading.", "Try again in a few seconds.")
+        state = self._states.get(task)
+        if state and (stop := state.stopped(site)):
+            raise Suspended(
+                f"{task} is suspended at {site}, {stop.at[:16]}, by {stop.actor}: {stop.body['because']}.",
+                f"See `formulary registry history {task}`.",
+            )
         if (task, site) in self._withheld:
             version = self._withheld[(task, site)]
             raise TrustError(
@@ -152,15 +160,17 @@ class Slots:
 
     def refresh(self) -> None:
         """Follow the ledger once: load what is new, swap the table, close what nobody uses any more."""
-        generation = self._ledger.generation()
+        generation, digest = self._ledger.head()
         telemetry.GENERATION.set(generation)
+        telemetry.HEAD.info({"seq": str(generation), "hash": digest})
         self._close_retired()
         if generation == self._generation and not self._due():
             return
         loaded = {served.digest: served for served in self.table.values()}
         table: Table = {}
         withheld = {}
-        champions = {task: self._ledger.champions(task) for task in self.tasks}
+        states = {task: self._ledger.state(task) for task in self.tasks}
+        champions = {task: state.champions() for task, state in states.items()}
         for task, placements in champions.items():
             for site, placement in placements.items():
                 served = self._load(task, placement, loaded) or self.table.get((task, site))
@@ -174,7 +184,7 @@ class Slots:
         self._retired += [
             (time.monotonic(), served) for digest, served in loaded.items() if digest not in used
         ]
-        self.table, self._withheld, self._generation = table, withheld, generation
+        self.table, self._withheld, self._states, self._generation = table, withheld, states, generation
 
     def _due(self) -> bool:
         """Whether a refused package may be looked at again: somebody may have restored it."""

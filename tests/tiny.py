@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from imaging.config import Params, Places, read_params, read_sites
+from imaging.config import Params, Places, read_params
 from imaging.manifest import digest_pixels, write_manifest
 from imaging.vocabulary import Kind
 from registry.package import Contract
@@ -133,10 +133,13 @@ def write_root(root, **kinds):
         metric = "dice" if kind is Kind.SEGMENTATION else "auc"
         asked = {"subjects": 1, "low": {metric: 0.0}}
         # The external site asks for what nobody reaches, so one site stays without an approved version.
-        policy = {"task": task, "why": "A test.", "network": asked, "internal": asked,
+        policy = {"task": task, "why": "A test.", "primary": metric,
+                  "network": {**asked, "margin": {metric: 1.0}}, "internal": asked,
                   "external": {"subjects": 1000, "low": {metric: 1.0}},
                   "statements": ["package", "evaluation", "qualification", "alarms"]}  # fmt: skip
-        (root / f"{task}.yaml").write_text(yaml.safe_dump(policy))
+        folder = root / "registry" / "policies"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(policy))
     return Places(root=root, build=root / "build", var=root / "var")
 
 
@@ -145,7 +148,7 @@ def train(places, task):
     from monitoring.alarms import calibrate_alarms, write_alarms
     from registry.access import admit
     from registry.ledger import open_ledger
-    from registry.promotion import register
+    from registry.registration import register
     from services.qualification import qualify
 
     section = read_params(places).task(task)
@@ -161,13 +164,11 @@ def train(places, task):
 
 def promote(places, task, version):
     """Asked for by one person and approved by another; the sites where the version serves now."""
-    from registry.access import admit
-    from registry.gates import digest_policy, read_policy
+    from registry.access import Acting, admit
     from registry.ledger import open_ledger
     from registry.promotion import approve, request
 
     ledger = open_ledger(places.var)
     author, approver = (admit(places.var, ledger, f"{who}@test") for who in ("author", "approver"))
-    judged = read_policy(task, places.root), digest_policy(task, places.root), read_sites(places)
-    request(ledger, places.var, ledger.version(task, version)[1], judged, author)
-    return approve(ledger, places.var, task, version, (approver, "A test."))
+    request(Acting(places, ledger, author), task, version)
+    return approve(Acting(places, ledger, approver, "A test."), task, version)

@@ -118,12 +118,14 @@ def calibrate(task: str) -> None:
 
 @training.command()
 @task_option
-def package(task: str) -> None:
+@click.option("--imported", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None,
+              help="A folder of `registry import`, in place of what fit and calibrate made.")  # fmt: skip
+def package(task: str, imported: Path | None) -> None:
     """Export weights, graphs, contract, golden cases and reference as one package."""
     from training.exporting import export
 
     places = read_places()
-    click.echo(f"{task}: {export(places, task, read_params(places).task(task))}")
+    click.echo(f"{task}: {export(places, task, read_params(places).task(task), imported)}")
 
 
 @training.command()
@@ -140,6 +142,33 @@ def evaluate(task: str) -> None:
         for site, told in {"overall": body["overall"], **body["sites"]}.items()
     ]
     print_table(f"{task} on its locked sets", ["site", *columns], rows)
+
+
+@training.command()
+@task_option
+@click.option(
+    "--version", type=int, required=True, help="A registered version: the champion, or the first one."
+)
+@click.option("--identity", default=None, help="Who signs. Default: FORMULARY_IDENTITY, else your OS user.")
+@click.option("--because", default="The locked sets changed.", show_default=True, help="Why.")
+def rescore(task: str, version: int, identity: str | None, because: str) -> None:
+    """Score a registered version on the locked sets as they are now, so that the gate can compare with it."""
+    from imaging.vocabulary import Scope
+    from registry.access import Acting, act
+    from registry.decisions import renew_scores
+    from registry.engines import open_engine
+    from registry.ledger import open_ledger
+    from registry.package import shelf
+    from training.evaluation import score_package
+
+    places, section = read_places(), read_params(read_places()).task(task)
+    ledger, how = open_ledger(places.var), section.evaluate
+    signer = act(places, ledger, identity, Scope.REGISTER)
+    package = shelf(places.var, ledger.version(task, version)[0])
+    engine = open_engine(package, how.engine, how.precision)
+    scores, _ = score_package(places, task, section, package, engine)
+    renew_scores(Acting(places, ledger, signer, because), task, version, scores)
+    click.echo(f"{task} v{version} is scored on the locked sets as they are now.")
 
 
 def _wish_options(command: Any) -> Any:

@@ -14,34 +14,62 @@ from numpy.typing import NDArray
 
 from imaging.config import Places
 from imaging.detection import STRIDE, find_lesions, match_lesions
+from imaging.estimation import Scores
 from imaging.manifest import Pixels
 from imaging.preparation import prepare
 from imaging.recipe import EvaluateSection, TaskSection
 from imaging.scores import dice, surface_distances
 from imaging.vocabulary import Kind, Split
 from registry.engines import Engine, check_answers, open_engine
+from registry.ledger import open_ledger
 from registry.package import Contract, digest_package, read_contract
+from registry.predictions import digest_images
 from training.cohorts.building import load_builder
 from training.datasets import Dataset, load_split, stage_folder
 from training.evaluation_report import write_report
 from training.explanation import explain
-from training.metrics import Scores, estimate, estimate_subgroups, measure_gap, tabulate
+from training.metrics import estimate, estimate_subgroups, measure_gap, tabulate
 from training.robustness import measure_robustness
 
 INNER = ("right", "class_right", "match")  # scores that predictions do not repeat
 
 
 def evaluate(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
-    """Score the package, and write evaluation.json and report.html.
+    """Score the package, and write evaluation.json and report.html; the ledger counts the use of each set.
 
     Returns:
         The body of the evaluation statement: the same bytes in every run. What this machine took for it is
         written to var/host/<task>-cost.json alone.
     """
-    package = places.stage(task, "package")
+    package, how = places.stage(task, "package"), section.evaluate
+    engine = open_engine(package, how.engine, how.precision)
+    body, (data, answers, heat) = score_package(places, task, section, package, engine)
+    open_ledger(places.var).record_uses(task, body["package"], digest_images(body), "evaluate")
+    contract = read_contract(package)
+    body["explanation"] = explain(places, task, section, data, heat)
+    body |= score_real(section, contract, engine)
+    if how.robustness.subjects:
+        ask, pixels = partial(_score_again, engine, contract), Pixels(places.stage(task, "cohort"))
+        body["robustness"] = measure_robustness(ask, data, pixels, section)
+    folder = stage_folder(places, task, "evaluate")
+    (folder / "evaluation.json").write_text(
+        json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    )
+    write_report(folder / "report.html", contract, body, (data, answers, heat))
+    _write_cost(places, task, how, data.images[:1])
+    return body
+
+
+def score_package(
+    places: Places, task: str, section: TaskSection, package: Path, engine: Engine
+) -> tuple[dict[str, Any], tuple[Dataset, NDArray[np.float32], NDArray[np.float32]]]:
+    """Score any package of the task on the locked sets as the split has them now.
+
+    Returns:
+        What an evaluation statement says of scores; and the images, the answers and the heat.
+    """
     contract, how = read_contract(package), section.evaluate
     data = load_split(places, task, section, Split.TEST, Split.EXTERNAL)
-    engine = open_engine(package, how.engine, how.precision)
     answers, heat = answer_all(engine, contract, data.images)
     scores = score_images(contract, data.truth, answers, data.rows["spacing_mm"])
     site = np.asarray(data.rows["site"])
@@ -58,20 +86,9 @@ def evaluate(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
         "subgroups": estimate_subgroups(places.stage(task, "cohort"), contract, data, scores, how),
         "gap": measure_gap(contract, scores, data.subjects, site, how),
         "curves": {name: tabulate(contract, scores, group) for name, group in groups.items()},
-        "explanation": explain(places, task, section, data, heat),
         "predictions": _list_predictions(data, scores),
     }  # fmt: skip
-    body |= score_real(section, contract, engine)
-    if how.robustness.subjects:
-        ask, pixels = partial(_score_again, engine, contract), Pixels(places.stage(task, "cohort"))
-        body["robustness"] = measure_robustness(ask, data, pixels, section)
-    folder = stage_folder(places, task, "evaluate")
-    (folder / "evaluation.json").write_text(
-        json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    )
-    write_report(folder / "report.html", contract, body, (data, answers, heat))
-    _write_cost(places, task, how, data.images[:1])
-    return body
+    return body, (data, answers, heat)
 
 
 def score_real(section: TaskSection, contract: Contract, engine: Engine) -> dict[str, Any]:
@@ -252,9 +269,10 @@ def measure_cost(
 def _write_cost(places: Places, task: str, how: EvaluateSection, image: NDArray[np.float32]) -> None:
     """Facts of this host, so neither in the package nor in the statement: what fit told, and a prediction."""
     package, spent = places.stage(task, "package"), places.stage(task, "fit") / "cost.json"
+    made_here = spent.exists() and "imported" not in read_contract(package).lineage
     told = {
         "package": digest_package(package),
-        "fit": json.loads(spent.read_text()) if spent.exists() else None,
+        "fit": json.loads(spent.read_text()) if made_here else None,
         "predict": measure_cost(package, how, np.ascontiguousarray(image)),
     }
     host = places.var / "host"

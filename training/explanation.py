@@ -16,6 +16,7 @@ from imaging.recipe import Architecture, EvaluateSection, TaskSection
 from imaging.vocabulary import Kind, Split
 from registry.architectures import build
 from registry.engines import open_engine
+from registry.package import read_contract
 from training.datasets import Dataset, load_masks
 
 SEEDS = (101, 102, 103)  # of networks with random weights
@@ -44,6 +45,8 @@ def explain(
     how, package = section.evaluate, places.stage(task, "package")
     if section.kind is Kind.SEGMENTATION:
         return _refuse("The heat of a segmentation is its uncertainty: it explains nothing.", applies=False)
+    if "imported" in read_contract(package).lineage:
+        return _refuse("It was trained elsewhere: there is no network to draw random weights for.")
     if not how.explanation.images:
         return _refuse("The audit of maps is off: `explanation.images` is 0.")
     labels = section.kind is Kind.CLASSIFICATION

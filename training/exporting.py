@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import logging
 import shutil
-import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from imaging.config import Places
 from imaging.errors import DataError
@@ -23,15 +22,27 @@ from imaging.recipe import TaskSection
 from imaging.vocabulary import Split
 from monitoring.reference import name_columns, summarise, write_reference
 from registry.architectures import build
-from registry.engines import OUTPUTS, check_answers, check_parity, open_engine
-from registry.package import Contract, digest_package, write_contract
+from registry.engines import check_answers, check_parity, open_engine
+from registry.graphs import export_graphs
+from registry.imports import check_contract, list_params, read_import
+from registry.package import FILES, Contract, digest_package, write_contract
+from training.calibration import choose_point
 from training.datasets import Dataset, load_split, stage_folder
 
+Answer = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # images to logits
+
+FOREIGN = "It was trained elsewhere, and this registry has not seen on what. It is told: {told}"
 MADE_UP = "The golden images are simulated noise: no validation image may be redistributed."
 
 
-def export(places: Places, task: str, section: TaskSection) -> str:
-    """Write the package of a task.
+def export(places: Places, task: str, section: TaskSection, imported: Path | None = None) -> str:
+    """Write the package of a task, of its own training or of an import.
+
+    Args:
+        places: of the checkout.
+        task: its name.
+        section: of params.yaml.
+        imported: a folder that `registry.imports.import_model` made, in place of `fit` and `calibrate`.
 
     Returns:
         Its digest.
@@ -43,35 +54,70 @@ def export(places: Places, task: str, section: TaskSection) -> str:
     folder = stage_folder(places, task, "package")
     every = load_split(places, task, section, Split.VALIDATION, Split.EXTERNAL)
     data = every.take((every.rows["split"] == Split.VALIDATION).to_numpy())
-    shutil.copy(places.stage(task, "fit") / "weights.safetensors", folder)
-    network = _load(folder, section, data.images.shape[1:])
-    contract = _contract(places, task, section, data)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)  # an import may have no program, and must not get another's
+    if imported is None:
+        contract = _contract(places, task, section, data)
+        answer = _make(places.stage(task, "fit"), section, contract, folder)
+    else:
+        contract, answer = _adopt(imported, places, task, section, data)
     write_contract(contract, folder)
-    _export_graphs(network, contract, folder)
-    _write_golden(network, data, section.package.golden, folder)
+    _write_golden(answer, data, section.package.golden, folder)
     engine = open_engine(folder, section.evaluate.engine, section.evaluate.precision, section.fit.threads)
     check_parity(engine, folder, contract)
     write_reference(_describe(every, engine, contract), name_columns(contract), folder / "reference.parquet")
     return digest_package(folder)
 
 
-def _load(folder: Path, section: TaskSection, shape: tuple[int, ...]) -> Any:
+def _make(fitted: Path, section: TaskSection, contract: Contract, folder: Path) -> Answer:
+    """Weights and graphs of the task's own network; and its logits of images."""
     import torch
     from safetensors.torch import load_file
 
     torch.set_num_threads(section.fit.threads)
-    network = build(section.fit.architecture, shape, len(section.classes), section.positive_labels)
+    shutil.copy(fitted / "weights.safetensors", folder)
+    network = build(section.fit.architecture, contract.shape, len(section.classes), section.positive_labels)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
-    return network.eval()
+    export_graphs(network.eval(), contract, folder)
+
+    def answer(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = network(torch.from_numpy(images))[0].numpy()
+        return logits
+
+    return answer
+
+
+def _adopt(
+    imported: Path, places: Places, task: str, section: TaskSection, data: Dataset
+) -> tuple[Contract, Answer]:
+    """The model of an import, and its contract; its operating point is frozen here, unless it was told."""
+    found, folder = read_import(imported), places.stage(task, "package")
+    names = {path.name for path in imported.iterdir()} & set(FILES)
+    for name in names:
+        shutil.copy(imported / name, folder)
+    engine, size = open_engine(folder, "onnxruntime", "f32", section.fit.threads), found.contract["max_batch"]
+
+    def answer(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        starts = range(0, len(images), size)
+        return np.concatenate([engine.run(np.ascontiguousarray(images[i : i + size])).logits for i in starts])
+
+    told = {**found.contract, **_describe_making(places, task, section, data, found.lineage)}
+    told["limits"] = [FOREIGN.format(**found.lineage), *found.contract["limits"], *told["limits"]]
+    if "threshold" not in told:
+        point = choose_point(section, data.truth, answer(data.images))
+        told |= {name: point[name] for name in ("temperature", "threshold")}
+    contract = check_contract(task, section, told)
+    if contract.shape != data.images.shape[1:]:
+        raise DataError(
+            f"The model takes images of {contract.shape}, and {task} has {data.images.shape[1:]}.",
+            "Import it with the shape of the task's images.",
+        )
+    return contract, answer
 
 
 def _contract(places: Places, task: str, section: TaskSection, data: Dataset) -> Contract:
     calibration = json.loads((places.stage(task, "calibrate") / "calibration.json").read_text())
-    cohort = yaml.safe_load((places.stage(task, "cohort") / "cohort.yaml").read_text())
-    # What is measured of a finished package is no part of it: editing those sections must not rename it.
-    made_from = section.model_dump(mode="json", exclude={"qualify", "reference"})
-    params = json.dumps(made_from, sort_keys=True)
-    limits = [*cohort.get("limits", ()), *([] if data.rows["redistributable"].any() else [MADE_UP])]
     channels, *depth, rows, columns = data.images.shape[1:]
     return Contract(
         task=task, title=section.title, kind=section.kind, modality=section.modality, classes=section.classes,
@@ -82,9 +128,22 @@ def _contract(places: Places, task: str, section: TaskSection, data: Dataset) ->
         max_batch=section.package.max_batch, preparation=section.preparation,
         temperature=calibration["temperature"], threshold=calibration["threshold"],
         tolerance=section.package.tolerance, intended_use=section.package.intended_use,
-        simulated=str(cohort["simulation"]), limits=tuple(limits),
-        lineage={"cohort": digest_cohort(places, task), "params": "sha256:" + _sha256(params.encode())},
+        **_describe_making(places, task, section, data, {}),
     )  # fmt: skip
+
+
+def _describe_making(
+    places: Places, task: str, section: TaskSection, data: Dataset, lineage: dict[str, str]
+) -> dict[str, Any]:
+    """What a contract says of the cohort and of where the package comes from."""
+    cohort = yaml.safe_load((places.stage(task, "cohort") / "cohort.yaml").read_text())
+    # What is measured of a finished package is no part of it: editing those sections must not rename it.
+    measured = ("qualify", "reference")
+    made_from = {name: one for name, one in list_params(section, lineage).items() if name not in measured}
+    params = _sha256(json.dumps(made_from, sort_keys=True).encode())
+    limits = [*cohort.get("limits", ()), *([] if data.rows["redistributable"].any() else [MADE_UP])]
+    lineage = {"cohort": digest_cohort(places, task), "params": f"sha256:{params}", **lineage}
+    return {"simulated": str(cohort["simulation"]), "limits": tuple(limits), "lineage": lineage}
 
 
 def digest_cohort(places: Places, task: str) -> str:
@@ -97,54 +156,11 @@ def digest_cohort(places: Places, task: str) -> str:
     return "sha256:" + _sha256("\n".join(",".join(row) for row in table.astype(str).to_numpy()).encode())
 
 
-def _export_graphs(network: Any, contract: Contract, folder: Path) -> None:
-    """program.pt2 and model.onnx, both giving logits, heat and embedding, for any batch that is promised."""
-    import torch
-
-    for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    batch = torch.export.Dim("batch", min=1, max=contract.max_batch)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        example = (torch.zeros(2, *contract.shape),)
-        program = torch.export.export(network, example, dynamic_shapes=({0: batch},))
-        _strip(program)
-        torch.export.save(program, folder / "program.pt2")
-        made = torch.onnx.export(
-            program, (), input_names=["image"], output_names=list(OUTPUTS), external_data=False, verbose=False
-        )
-    if made is None:
-        raise DataError("The network cannot be exported to ONNX.", "See the exporter's message above.")
-    model = made.model_proto
-    del model.metadata_props[:]
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del value.metadata_props[:]
-    del model.graph.metadata_props[:]
-    (folder / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _strip(program: Any) -> None:
-    """Take out what differs from run to run: stack traces, the order of ranges, the example's pixels."""
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if hasattr(module, "graph") else ():
-            node.meta.pop("stack_trace", None)
-            node.meta.pop("nn_module_stack", None)
-            node.meta.pop("source_fn_stack", None)
-    ranges = sorted(program._range_constraints.items(), key=lambda item: str(item[0]))
-    program._range_constraints = dict(ranges)
-    program._example_inputs = None
-
-
-def _write_golden(network: Any, data: Dataset, count: int, folder: Path) -> None:
+def _write_golden(answer: Answer, data: Dataset, count: int, folder: Path) -> None:
     """Cases with the network's own logits: of the validation set, where they may be redistributed.
 
     Where none may be, they are simulated: noise of the images' own mean and spread at each pixel.
     """
-    import torch
-
     allowed = np.flatnonzero(data.rows["redistributable"].to_numpy(dtype=bool))
     if len(allowed):
         chosen = np.unique(allowed[np.linspace(0, len(allowed) - 1, min(count, len(allowed))).astype(int)])
@@ -153,8 +169,7 @@ def _write_golden(network: Any, data: Dataset, count: int, folder: Path) -> None
         sample = data.images[:256]
         drawn = np.random.default_rng(0).normal(size=(count, *sample.shape[1:]))
         images = (sample.mean(axis=0) + sample.std() * drawn).clip(-1.5, 1.5).astype(np.float32)
-    with torch.inference_mode():
-        logits = network(torch.from_numpy(images))[0].numpy()
+    logits = answer(images)
     with zipfile.ZipFile(folder / "golden.npz", "w", zipfile.ZIP_STORED) as archive:
         for name, values in (("images", images), ("logits", logits)):
             stream = io.BytesIO()

@@ -24,7 +24,7 @@ from imaging.manifest import COLUMNS, read_manifest
 from imaging.recipe import TaskSection
 from imaging.vocabulary import Kind, SiteKind
 from monitoring.journal import pseudonym
-from registry.gates import Policy
+from registry.policy import Policy
 from training.formats import open_csv, open_medmnist, open_slides
 from training.items import UNSPACED, Intake, Opened, Wish, readable
 from training.scans import open_bids, open_dicom, open_msd

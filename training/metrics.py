@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,26 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.detection import RATES, froc
-from imaging.intervals import (
-    Estimate,
-    bootstrap_mean,
-    bootstrap_statistic,
-    calibration_line,
-    delong,
-    wilson,
-)
+from imaging.estimation import LINE, Measure, Scores, measure, resample, select
 from imaging.manifest import Pixels
 from imaging.recipe import EvaluateSection
-from imaging.scores import auc, brier, calibration_error, equivalent_mm, reliability
+from imaging.scores import equivalent_mm, reliability
 from imaging.vocabulary import Kind, Split
 from registry.package import Contract
 from training.datasets import Dataset
 
 SUBGROUPS = ("sex", "age_band", "scanner")
 
-Measure = Callable[[NDArray[np.intp]], float]  # row numbers -> a metric, NaN where it has no case
-Scores = dict[str, NDArray[Any]]
-"""Name of a score -> its value for each image, (n,); see `training.evaluation.score_images`."""
+METRICS = {
+    Kind.CLASSIFICATION: ("accuracy", "sensitivity", "specificity", "auc", "class_accuracy", "brier",
+                          "calibration_error", *LINE),
+    Kind.DETECTION: ("lesion_sensitivity", "auc", "false_positives", "froc"),
+}  # fmt: skip
+GAPS = {
+    Kind.CLASSIFICATION: ("accuracy", "sensitivity", "specificity", "auc"),
+    Kind.DETECTION: ("lesion_sensitivity", "auc"),
+    Kind.SEGMENTATION: ("dice",),
+}
 
 
 def estimate(
@@ -46,73 +45,9 @@ def estimate(
     What cannot be estimated, such as a calibration slope where the classes do not overlap, is left out.
     """
     picked, people = {name: values[chosen] for name, values in scores.items()}, subjects[chosen]
-    if contract.kind is Kind.CLASSIFICATION:
-        told = _estimate_labels(picked, people, how)
-    elif contract.kind is Kind.DETECTION:
-        told = _estimate_lesions(picked, people, how)
-    else:
-        kept = (name for name in picked if "_mm" not in name or _spread(picked[name], people))
-        told = {name: bootstrap_mean(picked[name], people, how.confidence, how.seed) for name in kept}
-    return {name: value.model_dump() for name, value in told.items()}
-
-
-def _estimate_labels(scores: Scores, people: NDArray[Any], how: EvaluateSection) -> dict[str, Estimate]:
-    truth, right, score = (scores[name] for name in ("truth", "right", "probability"))
-    sure = how.confidence
-    told = {
-        "accuracy": wilson(right, people, sure),
-        "sensitivity": wilson(right[truth == 1], people[truth == 1], sure),
-        "specificity": wilson(right[truth == 0], people[truth == 0], sure),
-        "auc": delong(truth, score, people, sure),
-    }
-    if "class_right" in scores:
-        told["class_accuracy"] = wilson(scores["class_right"], people, sure)
-    if not len(truth):
-        return told
-    for name, measure in {"brier": brier, "calibration_error": calibration_error}.items():
-        drawn = partial(_measure_rows, measure, truth, score)
-        told[name] = _resample(drawn, people, how)
-    if line := calibration_line(truth, score, people, sure):
-        told["calibration_slope"], told["calibration_intercept"] = line
-    return told
-
-
-def _resample(
-    measure: Measure, people: NDArray[Any], how: EvaluateSection, strata: NDArray[Any] | None = None
-) -> Estimate:
-    """Bootstrap of a measure of 0 to 1; where all draws agree resampling is blind, and nothing is claimed."""
-    told = bootstrap_statistic(measure, people, how.confidence, how.seed, strata)
-    if told.low < told.high:
-        return told
-    return told.model_copy(update={"low": 0.0, "high": 1.0, "method": "no spread to resample"})
-
-
-def _measure_rows(
-    measure: Callable[..., float], truth: NDArray[Any], score: NDArray[Any], rows: NDArray[np.intp]
-) -> float:
-    return measure(truth[rows], score[rows])
-
-
-def _estimate_lesions(scores: Scores, people: NDArray[Any], how: EvaluateSection) -> dict[str, Estimate]:
-    found, missed = scores["found"], scores["lesions"] - scores["found"]
-    right = np.repeat([1, 0], [int(found.sum()), int(missed.sum())])  # one row a lesion
-    owners = np.concatenate([np.repeat(people, found), np.repeat(people, missed)])
-    told = {
-        "lesion_sensitivity": wilson(right, owners, how.confidence),
-        "auc": delong(scores["truth"], scores["probability"], people, how.confidence),
-    }
-    if _spread(scores["false_positives"], people):
-        alarms = scores["false_positives"].astype(float)
-        told["false_positives"] = bootstrap_mean(alarms, people, how.confidence, how.seed)
-    if len(right):
-        told["froc"] = _resample(lambda rows: froc(list(scores["match"][rows])).mean, people, how)
-    return told
-
-
-def _spread(values: NDArray[Any], people: NDArray[Any]) -> bool:
-    """Whether a mean without an upper limit can be given an interval: two subjects that differ."""
-    kept = np.isfinite(values)
-    return len(np.unique(people[kept])) > 1 and np.ptp(values[kept]) > 0
+    names = METRICS.get(contract.kind, tuple(picked))  # of a segmentation each score is a metric
+    told = {name: measure(name, picked, people, how.confidence, how.seed) for name in names}
+    return {name: value.model_dump() for name, value in told.items() if value}
 
 
 def estimate_subgroups(
@@ -206,52 +141,35 @@ def measure_gap(
         subjects had come to their sites at random; empty with fewer than two sites.
     """
     told: dict[str, Any] = {}
-    for name, measure in _measures(contract, scores).items():
-        found = {str(place): measure(np.flatnonzero(site == place)) for place in np.unique(site)}
+    for name in GAPS[contract.kind]:
+        ask = select(name, scores)
+        found = {str(place): ask(np.flatnonzero(site == place)) for place in np.unique(site)}
         ranked = sorted((place for place in found if np.isfinite(found[place])), key=found.__getitem__)
         if len(ranked) < 2:
             continue
         kept = np.flatnonzero(np.isin(site, ranked))
         people, places = subjects[kept], np.unique(site[kept], return_inverse=True)[1]
-        spread = partial(_spread_sites, measure, kept, places)
-        gap = _resample(spread, people, how, places)
+        spread = partial(_spread_sites, ask, kept, places)
+        gap = resample(spread, people, how.confidence, how.seed, places)
         told[name] = {**gap.model_dump(), "best": ranked[-1], "worst": ranked[0],
-                      "by_chance": _spread_by_chance(measure, kept, places, people, how.seed)}  # fmt: skip
+                      "by_chance": _spread_by_chance(ask, kept, places, people, how.seed)}  # fmt: skip
     return told
 
 
 def _spread_sites(
-    measure: Measure, kept: NDArray[np.intp], places: NDArray[Any], drawn: NDArray[np.intp]
+    ask: Measure, kept: NDArray[np.intp], places: NDArray[Any], drawn: NDArray[np.intp]
 ) -> float:
-    return float(np.ptp([measure(kept[drawn[places[drawn] == place]]) for place in range(places.max() + 1)]))
+    return float(np.ptp([ask(kept[drawn[places[drawn] == place]]) for place in range(places.max() + 1)]))
 
 
 def _spread_by_chance(
-    measure: Measure, kept: NDArray[np.intp], places: NDArray[Any], people: NDArray[Any], seed: int
+    ask: Measure, kept: NDArray[np.intp], places: NDArray[Any], people: NDArray[Any], seed: int
 ) -> float:
     """Mean gap over 200 draws in which the subjects, whole, change places with each other."""
     _, first, owner = np.unique(people, return_index=True, return_inverse=True)
     generator, rows = np.random.default_rng(seed), np.arange(len(kept))
     drawn = (generator.permutation(places[first])[owner] for _ in range(200))
-    return float(np.nanmean([_spread_sites(measure, kept, other, rows) for other in drawn]))
-
-
-def _measures(contract: Contract, scores: Scores) -> dict[str, Measure]:
-    """Of the metrics that are the better the larger: row numbers -> the metric, NaN where it has no case."""
-
-    def share(hits: NDArray[Any], cases: NDArray[Any]) -> Measure:
-        return lambda rows: float(hits[rows].sum() / count) if (count := cases[rows].sum()) else float("nan")
-
-    if contract.kind is Kind.SEGMENTATION:
-        return {"dice": share(np.nan_to_num(scores["dice"]), np.isfinite(scores["dice"]))}
-    truth, score = scores["truth"], scores["probability"]
-    ranking: dict[str, Measure] = {"auc": lambda rows: auc(truth[rows], score[rows])}
-    if contract.kind is Kind.DETECTION:
-        return {"lesion_sensitivity": share(scores["found"], scores["lesions"]), **ranking}
-    right = scores["right"]
-    shares = {"accuracy": share(right, np.ones(len(right))), "sensitivity": share(right * truth, truth),
-              "specificity": share(right * (1 - truth), 1 - truth)}  # fmt: skip
-    return {**shares, **ranking}
+    return float(np.nanmean([_spread_sites(ask, kept, other, rows) for other in drawn]))
 
 
 def tabulate(contract: Contract, scores: Scores, chosen: NDArray[np.bool_]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import reduce
@@ -274,7 +275,7 @@ def add_ensembles(claim: Claim, runs: list[dict[str, Any]], table: Any) -> Any:
     return pd.concat(tables, ignore_index=True)
 
 
-def _average(table: Any, members: list[str], seeds: list[int]) -> Any:
+def _average(table: Any, members: Sequence[str], seeds: list[int]) -> Any:
     clean = table[table["variant"].isin(members) & table["seed"].isin(seeds) & (table["family"] == "")]
     facts = ["image", "subject", "site", "split", "truth", "family"]
     return clean[clean["score"].notna()].groupby(facts, as_index=False, dropna=False)["score"].mean()

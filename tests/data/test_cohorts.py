@@ -15,6 +15,7 @@ from imaging.manifest import COLUMNS, digest_file, digest_pixels, read_manifest
 from imaging.preparation import Colour, Percentiles, Window, prepare
 from imaging.recipe import CohortSection, Profile
 from imaging.vocabulary import AgeBand
+from tests.debian import need
 from training.cohorts import colin27
 from training.cohorts.building import Order, build_cohort, load_builder, make_case, make_cases, make_traffic
 from training.cohorts.cases import Person
@@ -276,10 +277,10 @@ def test_colin27_is_told_of_as_missing_where_it_is_not_installed(tmp_path):
         colin27.read_colin27(tmp_path)
 
 
-@pytest.mark.skipif(not (colin27.FOLDER / colin27.T1).is_file(), reason="mricron-data is not installed")
 def test_colin27_lies_in_the_template_and_its_silver_truth_is_nearly_that_of_the_template():
     from sklearn.metrics import f1_score
 
+    need("mricron-data", (colin27.FOLDER / colin27.T1).is_file())
     slices = colin27.read_colin27()
     assert "real person" in colin27.describe_colin27()
     assert all(part.pixels.shape == (112, 96) and part.pixels.dtype == np.uint16 for part in slices)

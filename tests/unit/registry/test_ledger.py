@@ -50,9 +50,9 @@ def test_a_changed_record_is_named(ledger, places, author, approver, change):
 def test_a_copied_key_makes_nobody_somebody_else(ledger, places, author, approver):
     keys = places.var / "keys"
     shutil.copy(keys / "author@test.pem", keys / "chief@test.pem")
-    for pretend in (act, admit):
+    for pretend, where in ((act, places), (admit, places.var)):
         with pytest.raises(Forbidden, match="is author@test's"):
-            pretend(places.var, ledger, "chief@test")
+            pretend(where, ledger, "chief@test")
     with pytest.raises(Forbidden, match="does not trust"), ledger.writing() as writer:
         writer.append("approved", "brain-tissue", {}, Signer("chief@test", author.private))
     assert ledger.verify() == 2
@@ -99,13 +99,13 @@ def test_a_second_key_needs_a_trusted_one(ledger, places, author):
 
 def test_without_a_key_nobody_acts(ledger, places, author):
     with pytest.raises(TrustError, match="has no key"):
-        act(places.var, ledger, "stranger@test")
+        act(places, ledger, "stranger@test")
 
 
 def test_a_revoked_key_acts_no_more(ledger, places, author, approver):
     revoke(ledger, approver.key_id, author, "left the hospital")
     with pytest.raises(Forbidden, match="not trusted"):
-        act(places.var, ledger, "approver@test")
+        act(places, ledger, "approver@test")
     ledger.verify()
 
 
@@ -116,7 +116,7 @@ def test_a_revoked_key_is_never_trusted_again_and_a_new_one_takes_its_place(ledg
     (places.var / "keys" / "approver@test.pem").unlink()
     again = admit(places.var, ledger, "approver@test")
     assert again.key_id != approver.key_id
-    assert act(places.var, ledger, "approver@test").key_id == again.key_id
+    assert act(places, ledger, "approver@test").key_id == again.key_id
 
 
 def test_the_last_key_cannot_be_revoked(ledger, author):
