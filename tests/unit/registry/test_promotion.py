@@ -16,6 +16,7 @@ from registry.promotion import approve, judge_version, request
 from registry.registration import register
 
 TASK = "brain-tissue"
+pytestmark = pytest.mark.usefixtures("database")
 
 
 @pytest.fixture
