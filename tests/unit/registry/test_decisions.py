@@ -14,7 +14,6 @@ from registry.registration import register
 from tests.tiny_registry import evaluation
 
 TASK = "brain-tissue"
-pytestmark = pytest.mark.usefixtures("database")
 
 
 @pytest.fixture
@@ -169,8 +168,8 @@ def test_a_package_counts_once_for_each_locked_set(ledger, build, author):
     assert len({event.body["set_digest"] for event in events}) == 4
 
 
-@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # it opens a second ledger
-def test_a_use_that_a_training_process_records_needs_no_key(places, ledger, build, author):
+def test_a_use_that_a_training_process_records_needs_no_key(places, monkeypatch):
+    monkeypatch.delenv("FORMULARY_DATABASE", raising=False)  # it opens a ledger of its own
     empty = open_ledger(places.var / "fresh")
     assert empty.record_uses(TASK, "sha256:1", {"test": "sha256:a"}, "evaluate") == {"sha256:a": 1}
     assert empty.record_uses(TASK, "sha256:1", {"test": "sha256:a"}, "evaluate") == {"sha256:a": 1}

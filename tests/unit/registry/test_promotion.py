@@ -16,7 +16,6 @@ from registry.promotion import approve, judge_version, request
 from registry.registration import register
 
 TASK = "brain-tissue"
-pytestmark = pytest.mark.usefixtures("database")
 
 
 @pytest.fixture

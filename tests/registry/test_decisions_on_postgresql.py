@@ -1,0 +1,11 @@
+"""What tests/unit/registry/test_decisions.py asks, with the ledger in PostgreSQL."""
+
+import pytest
+
+from tests.unit.registry.conftest import *  # noqa: F403
+from tests.unit.registry.test_decisions import *  # noqa: F403
+
+
+@pytest.fixture(autouse=True)
+def _in_postgresql(postgres, monkeypatch):
+    monkeypatch.setenv("FORMULARY_DATABASE", postgres.make())
