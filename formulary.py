@@ -64,7 +64,7 @@ def main() -> None:
     except FormularyError as error:
         click.echo(f"{error.title}: {error.fact}\n{error.fix}".rstrip(), err=True)
         sys.exit(1)
-    except OSError as error:  # a path that cannot be written, a full disk: the machine's no, not a fault of ours
+    except OSError as error:  # a path that cannot be written, a full disk
         name = f" {error.filename}" if error.filename else ""
         click.echo(f"The machine refuses: {error.strerror or error}{name}.\nName another place.", err=True)
         sys.exit(1)

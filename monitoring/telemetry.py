@@ -13,7 +13,6 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
-    Info,
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -50,7 +49,7 @@ JOURNAL_COMMIT = Histogram(
     "formulary_journal_commit_seconds", "Time of one journal commit", buckets=SECONDS, registry=METRICS
 )
 LOAD_FAILURES = Counter("formulary_load_failures", "Packages refused at load", ["task"], registry=METRICS)
-HEAD = Info("formulary_ledger_head", "Number and hash of the last event in the ledger", registry=METRICS)
+HEAD = Gauge("formulary_ledger_head", "Number of the last event in the ledger", ["hash"], registry=METRICS)
 GENERATION = Gauge("formulary_ledger_generation", "Events in the ledger as last read", registry=METRICS)
 VALUES = {Drift.DRIFT: 1, Drift.IN_BOUNDS: 0, Drift.TOO_FEW: -1}
 

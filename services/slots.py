@@ -162,7 +162,8 @@ class Slots:
         """Follow the ledger once: load what is new, swap the table, close what nobody uses any more."""
         generation, digest = self._ledger.head()
         telemetry.GENERATION.set(generation)
-        telemetry.HEAD.info({"seq": str(generation), "hash": digest})
+        telemetry.HEAD.clear()
+        telemetry.HEAD.labels(digest).set(generation)
         self._close_retired()
         if generation == self._generation and not self._due():
             return

@@ -82,7 +82,8 @@ def loosen(folder: Path) -> None:
         policy = yaml.safe_load(path.read_text())
         for where in ("network", "internal", "external"):
             low = 0.0 if where != "external" else 0.999
-            policy[where] = {"subjects": 1, "low": dict.fromkeys(policy[where]["low"], low)}
+            margin = policy[where]["margin"]
+            policy[where] = {"subjects": 1, "low": dict.fromkeys(policy[where]["low"], low), "margin": margin}
         policy["robustness"] = None
         path.write_text(yaml.safe_dump(policy))
 
