@@ -169,7 +169,8 @@ def test_the_ledger_and_every_package_verify(demo):
 
 
 def test_the_ledger_says_who_asked_and_who_approved(demo):
-    events = json.loads(demo.formulary("registry", "history", "brain-tissue", "--json").stdout)
+    told = demo.formulary("registry", "history", "brain-tissue", "--json").stdout
+    events = json.loads(told)["events"]
     assert [(event["kind"], event["actor"]) for event in events] == [
         ("test-set-used", "evaluate"), ("test-set-used", "evaluate"),
         ("registered", "author@demo"), ("requested", "author@demo"), ("approved", "approver@demo"),
