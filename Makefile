@@ -7,7 +7,7 @@ WHEELS := $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse,)
 
 demo: .venv/ready ; formulary demo
 test: .venv/dev ; deploy/debian.sh ; python -m pytest -q $(ARGS)
-fast: .venv/dev ; python -m pytest -q tests/unit tests/house
+fast: .venv/dev ; OMP_NUM_THREADS=1 python -m pytest -q -n 2 tests/unit tests/house
 check: .venv/dev
 	ruff format --check . && ruff check . && mypy && lint-imports --no-cache && python -m pytest -q tests/house
 up: .venv/ready ; formulary up
