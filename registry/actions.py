@@ -241,7 +241,7 @@ ACTIONS = {
                Scope.READ_AUDIT, Nothing, _verify, reads=True),
         Action("backup", "Write ledger and packages into one file under var/backups.",
                Scope.PROMOTE, Nothing, _back_up),
-        Action("restore", "Put back what a backup has and the ledger lacks. Nothing is lost.",
+        Action("restore", "Put back what a backup has and the ledger lacks; nothing that is here gives way.",
                Scope.PROMOTE, Named, _restore),
     )
 }  # fmt: skip

@@ -31,11 +31,11 @@ def open_registry() -> tuple[Places, Ledger]:
     return places, open_ledger(places.var)
 
 
-def open_audit(identity: str | None) -> tuple[Places, Ledger]:
-    """As `open_registry`, for whoever may read it where roles.yaml says who may."""
+def open_audit(identity: str | None, scope: Scope = Scope.READ_AUDIT) -> tuple[Places, Ledger]:
+    """As `open_registry`, where roles.yaml says who may: for whoever has the scope."""
     places, ledger = open_registry()
     if read_roles(places):
-        act(places, ledger, identity, Scope.READ_AUDIT)
+        act(places, ledger, identity, scope)
     return places, ledger
 
 
@@ -130,7 +130,7 @@ SHOWN = {
 )
 @IDENTITY
 def restore(file: Path, accept_loss: str, identity: str | None) -> None:
-    """Put back what a backup FILE has and the ledger lacks. Nothing is lost."""
+    """Put back what a backup FILE has and the ledger lacks; nothing that is here gives way."""
     from registry.custody import restore as put_back
 
     places, ledger = open_registry()
@@ -206,11 +206,13 @@ def print_events(events: list[Event]) -> None:
 @click.option("--contract", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=None,
               help="YAML or JSON: what params.yaml, or a bundle's metadata, do not tell.")  # fmt: skip
 @click.option("--because", required=True, help="Where it comes from; it stands in the package.")
-def import_model(task: str, source: Path, contract: Path | None, because: str) -> None:
+@IDENTITY
+def import_model(task: str, source: Path, contract: Path | None, because: str, identity: str | None) -> None:
     """Convert SOURCE (ONNX, a state dict or a MONAI bundle) for TASK. Nothing of it is run."""
     from registry.imports import import_model as convert
 
-    made = convert(read_places(), task, source, contract, because)
+    places, _ = open_audit(identity, Scope.TRAIN)
+    made = convert(places, task, source, contract, because)
     click.echo(f"{made}\nNext: formulary training package --task {task} --imported {made}")
 
 

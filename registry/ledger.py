@@ -70,10 +70,6 @@ class Ledger:
             except (OSError, TrustError):  # the record stands; `verify` tells of a head that lags
                 LOG.exception("the head of the ledger could not be exported")
 
-    def has_events(self) -> bool:
-        """Whether anything was ever decided."""
-        return self.generation() > 0
-
     def generation(self) -> int:
         """A number that grows with every event."""
         return self.head()[0]
