@@ -14,7 +14,7 @@ from registry.access import Acting, admit
 from registry.actions import ACTIONS
 from registry.ledger import open_ledger
 from registry.promotion import request
-from tests.tiny import train, write_root
+from tests.tiny import train, train_another, write_root
 from tests.tiny_gateway import Gateway
 
 SCOPES = "approve promote read-audit"
@@ -119,6 +119,23 @@ def test_the_ledger_verifies_and_is_backed_up_over_http(ask, places):
     restored = ask("restore", name=name, because="a drill")
     assert restored.json()["events"] == 0
     assert ask("restore", name="../formulary.db", because="no").status_code == 400
+
+
+def test_each_other_decision_is_taken_over_http_too(ask, places):
+    """After the tests above: version 1 serves; a second one is tried, promoted, rolled back and retired."""
+    train_another(places, 7)
+    reasoned = {"task": "nodes", "because": "the committee said so"}
+    assert ask("diff", task="nodes", first=1, second=2).json()["facts"]["params.fit.seed"]
+    assert ask("challenge", version=2, **reasoned).json()["sites"] == ["*", "north", "east"]
+    for name in ("request", "promote"):  # asking again oneself changes nothing
+        assert ask(name, who="asker@test", task="nodes", version=2).json()["sites"]["north"]["passed"]
+    assert ask("reject", version=2, **reasoned).status_code == 200
+    assert ask("request", who="asker@test", task="nodes", version=2).json()["asked"]
+    assert ask("approve", version=2, **reasoned).json()["sites"] == ["north", "east"]
+    assert ask("retire", version=2, **reasoned).json()["type"] == "/problems/conflict"
+    assert ask("rollback", **reasoned).json()["sites"] == {"*": 1, "north": 1, "east": 1}
+    assert ask("retire", version=2, **reasoned).status_code == 200
+    assert ask("challenge", version=2, **reasoned).json()["type"] == "/problems/forbidden"
 
 
 def test_every_action_stands_in_the_openapi_document(gateway):

@@ -4,12 +4,11 @@ import signal
 import threading
 
 import pytest
-import yaml
 
 from imaging.vocabulary import Kind
 from registry.ledger import open_ledger
 from registry.package import shelf
-from tests.tiny import promote, train, write_root
+from tests.tiny import promote, train, train_another, write_root
 from tests.tiny_gateway import Gateway
 
 
@@ -24,14 +23,6 @@ def places(tmp_path_factory):
 def gateway(places):
     with Gateway(places) as running:
         yield running
-
-
-def train_another(places, seed):
-    path = places.root / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    params["tasks"]["nodes"]["fit"]["seed"] = seed
-    path.write_text(yaml.safe_dump(params))
-    return train(places, "nodes")
 
 
 def test_a_new_version_answers_without_a_refusal_on_the_way(places, gateway):

@@ -217,3 +217,13 @@ def test_a_task_that_nobody_knows_is_refused_before_anything_happens(ledger, act
     with pytest.raises(UnknownTask, match="nope"):
         perform(action, acting(author), asked)
     assert ledger.generation() == before
+
+
+def test_two_versions_are_compared_in_facts_and_scores(ledger, build, acting, author):
+    register(build("one"), ledger, TASK, author)
+    register(build("two", locked="2", north=0.8), ledger, TASK, author)
+    told = perform(ACTIONS["diff"], acting(author), ACTIONS["diff"].arguments(task=TASK, first=1, second=2))
+    assert told["facts"]["contract.title"] == ["one", "two"]
+    assert told["facts"]["sets.test.digest"] == ["sha256:test1", "sha256:test2"]
+    assert "contract.rows" not in told["facts"]
+    assert [score["estimate"] for score in told["scores"]["north"]["dice"]] == [0.9, 0.8]
