@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,3 +82,15 @@ def describe(prepared: NDArray[np.float32]) -> dict[str, float]:
         red, green, blue = (float(channel.mean()) for channel in pixels)
         told |= {"red": red - green, "blue": blue - green}
     return told
+
+
+def show_image(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is shown of a prepared image: (rows, columns), or (rows, columns, 3) of 0 to 1."""
+    if len(image) == 3:
+        return np.clip((np.moveaxis(image, 0, -1) + 1) / 2, 0, 1)
+    return np.asarray(middle(image[0]))
+
+
+def middle(planes: NDArray[Any]) -> NDArray[Any]:
+    """The middle slice of a volume, or the plane itself."""
+    return planes[len(planes) // 2] if planes.ndim == 3 else planes

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.detection import STRIDE, find_lesions
+from imaging.image import middle, show_image
 from imaging.vocabulary import Kind, SiteKind, Split
 from registry.engines import check_answers, open_engine
 from registry.package import Contract, Golden, read_contract, read_golden
@@ -251,18 +252,6 @@ def _draw_answer(axis: Any, contract: Contract, logits: NDArray[np.float32]) -> 
         axis.plot([one.column for one in found], [one.row for one in found], "x", color=COLOURS[1])
     positive = contract.score(contract.probabilities(logits))[0] >= contract.threshold
     return "called positive" if positive else "called negative"
-
-
-def show_image(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What is shown of a prepared image: (rows, columns), or (rows, columns, 3) of 0 to 1."""
-    if len(image) == 3:
-        return np.clip((np.moveaxis(image, 0, -1) + 1) / 2, 0, 1)
-    return np.asarray(middle(image[0]))
-
-
-def middle(planes: NDArray[Any]) -> NDArray[Any]:
-    """The middle slice of a volume, or the plane itself."""
-    return planes[len(planes) // 2] if planes.ndim == 3 else planes
 
 
 def _figure(size: tuple[float, float], shape: tuple[int, int], share: bool = False) -> tuple[Any, list[Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.detection import STRIDE, find_lesions
+from imaging.image import middle, show_image
 from imaging.vocabulary import Kind, Split
 from registry.package import Contract
 from training.datasets import Dataset
@@ -183,14 +184,14 @@ def plot_examples(contract: Contract, cases: Cases, chosen: list[list[int]]) -> 
     }[contract.kind]  # fmt: skip
     for row, images in enumerate(chosen):
         for axis, i in zip(axes[row * COUNT :], images, strict=False):
-            axis.imshow(_picture(data.images[i]), cmap="gray")
+            axis.imshow(show_image(data.images[i]), cmap="gray")
             axis.set_title(f"{data.rows['site'].iloc[i]}: {draw(axis, contract, cases, i)}", fontsize=8)
     return _inline(figure)
 
 
 def _draw_heat(axis: Any, contract: Contract, cases: Cases, i: int) -> str:
     data, answers, heat = cases
-    shown = _middle(heat[i])
+    shown = middle(heat[i])
     axis.imshow(shown, cmap="Reds", alpha=0.6 * shown / max(float(shown.max()), 1e-6))
     return f"{contract.classes[int(data.truth[i])]}, said {contract.score(answers[i : i + 1])[0]:.2f}"
 
@@ -200,8 +201,8 @@ def _draw_masks(axis: Any, contract: Contract, cases: Cases, i: int) -> str:
     said = answers[i].argmax(axis=0)
     for label, colour in zip(range(1, len(contract.classes)), COLOURS * len(contract.classes), strict=False):
         for mask, style in ((data.truth[i] == label, "solid"), (said == label, "dashed")):
-            if _middle(mask).any():
-                axis.contour(_middle(mask), levels=[0.5], colors=colour, linewidths=0.7, linestyles=style)
+            if middle(mask).any():
+                axis.contour(middle(mask), levels=[0.5], colors=colour, linewidths=0.7, linestyles=style)
     return f"{100 * float((said != data.truth[i]).mean()):.1f} % of pixels wrong"
 
 
@@ -213,17 +214,6 @@ def _draw_lesions(axis: Any, contract: Contract, cases: Cases, i: int) -> str:
              if lesion.score >= contract.threshold]  # fmt: skip
     axis.plot([lesion.column for lesion in found], [lesion.row for lesion in found], "x", color=COLOURS[1])
     return f"{len(found)} marked"
-
-
-def _picture(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What is shown of a prepared image: (rows, columns), or (rows, columns, 3) of 0 to 1."""
-    if len(image) == 3:
-        return np.clip((np.moveaxis(image, 0, -1) + 1) / 2, 0, 1)
-    return np.asarray(_middle(image[0]))
-
-
-def _middle(planes: NDArray[Any]) -> NDArray[Any]:
-    return planes[len(planes) // 2] if planes.ndim == 3 else planes
 
 
 def _figure(count: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, list[Any]]:
