@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, Program
 from imaging.errors import ConfigError, Conflict, FormularyError, RegistryError
 
 BUSY_S = 2
+MIGRATION_S = 30  # a schema is made once, on a slow disk perhaps
 WRITER = 0x464F524D  # the advisory lock that stands for PostgreSQL's one writer
 
 
@@ -38,8 +40,7 @@ def open_database(
     engine = _open_file(place) if isinstance(place, Path) else _open_server(place)
     if explain:
         event.listen(engine, "handle_error", lambda told: _translate(told, explain))
-    if _revision(engine) != _newest(department):
-        _migrate(engine, department)
+    _bring_to_newest(engine, department)
     return engine
 
 
@@ -82,7 +83,7 @@ def _configure_file(connection: Any, _: Any) -> None:
     connection.text_factory = lambda raw: str(
         raw, "utf-8", "surrogateescape"
     )  # a broken row is read, and named
-    for pragma in (f"busy_timeout = {BUSY_S * 1000}", "journal_mode = WAL", "synchronous = FULL",
+    for pragma in (f"busy_timeout = {int(BUSY_S * 1000)}", "journal_mode = WAL", "synchronous = FULL",
                    "foreign_keys = ON", "recursive_triggers = ON"):  # fmt: skip
         connection.execute(f"PRAGMA {pragma}")
 
@@ -117,6 +118,20 @@ def _configure_server(connection: Any, _: Any) -> None:
 def _begin_server(connection: Any) -> None:
     if connection.get_execution_options().get("writing"):
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER})")
+
+
+def _bring_to_newest(engine: Engine, department: str) -> None:
+    """Make or change the schema where it is not the newest; who opens beside another waits for his schema."""
+    deadline = time.monotonic() + MIGRATION_S
+    while True:
+        try:
+            if _revision(engine) != _newest(department):
+                _migrate(engine, department)
+            return
+        except (Conflict, DatabaseError) as error:
+            busy = isinstance(error, Conflict) or _is_busy(error.orig)
+            if not busy or time.monotonic() > deadline:
+                raise
 
 
 def _versions(department: str) -> Path:

@@ -1,12 +1,15 @@
 """SQLite or PostgreSQL, the ledger's database keeps the same promises."""
 
 import os
+import sqlite3
+import threading
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from imaging.errors import ConfigError, Conflict, RegistryError
+from registry import database as opened
 from registry.access import admit
 from registry.audit import verify_ledger
 from registry.database import explain_ledger, open_database, writing
@@ -112,3 +115,13 @@ def test_two_that_open_a_new_database_at_once_make_its_schema_once(database, tmp
     with ThreadPoolExecutor(2) as pool:
         ledgers = list(pool.map(open_ledger, [tmp_path] * 2))
     assert [ledger.generation() for ledger in ledgers] == [0, 0]
+
+
+def test_who_opens_while_another_makes_the_schema_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(opened, "BUSY_S", 0.1)  # making the schema takes longer than a writer may wait
+    place = tmp_path / "ledger.db"
+    maker = sqlite3.connect(place, isolation_level=None, check_same_thread=False)
+    maker.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.6, maker.rollback).start()
+    engine = open_database(place, "registry", explain_ledger)
+    assert show(engine, "SELECT COUNT(*) FROM events") == 0
