@@ -13,11 +13,13 @@ check: .venv/dev
 up: .venv/ready ; formulary up
 repro: .venv/ready ; dvc repro
 study: .venv/ready ; dvc repro training/pipelines/study/dvc.yaml
-bench: .venv/dev ; python benchmarks/serving.py $(ARGS) && python benchmarks/training.py $(ARGS) && python benchmarks/ledger.py $(ARGS) && \
-	python benchmarks/gate_drift.py $(ARGS) && python benchmarks/test_set_budget.py $(ARGS)
+bench: .venv/bench
+	mkdir -p build/bench
+	for one in serving overload volumes trial training ledger gate_drift test_set_budget; do \
+		python benchmarks/$$one.py $(ARGS) --json build/bench/$$one.json || exit 1; done
 soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults tests/data/test_importing.py tests/unit/imaging
 docs: .venv/dev ; mkdocs build --strict --site-dir site
-wheelhouse: .venv/ready ; pip wheel --wheel-dir wheelhouse -r requirements.lock -r requirements-dev.lock -r requirements-scale.lock pip
+wheelhouse: .venv/ready ; pip wheel --wheel-dir wheelhouse -r requirements.lock -r requirements-dev.lock -r requirements-scale.lock -r requirements-bench.lock pip
 clean: .venv/ready ; formulary clean --yes
 
 .venv/bin/python:
@@ -28,4 +30,7 @@ clean: .venv/ready ; formulary clean --yes
 	touch $@
 .venv/dev: .venv/ready requirements-dev.lock
 	.venv/bin/python -m pip install $(WHEELS) --disable-pip-version-check -q -r requirements.lock -r requirements-dev.lock
+	touch $@
+.venv/bench: .venv/dev requirements-bench.lock
+	.venv/bin/python -m pip install $(WHEELS) --disable-pip-version-check -q -r requirements.lock -r requirements-dev.lock -r requirements-bench.lock
 	touch $@

@@ -1,235 +1,223 @@
-"""How close the gateway comes to its engine, and to the server that a team would write by hand; in one run.
+"""Ours and what a team would pick instead, on the same model file, payload and clients, in one run.
 
-Three candidates answer the same lung-nodule slice with the same package, engine (OpenVINO f32) and one
-thread: the engine alone in this process (the ceiling); a FastAPI application with a raw body and a greedy
-batcher, which checks, records and refuses nothing (the peer); the gateway, which journals every answer
-durably. The servers take turns, so that a machine whose speed drifts is fair to both. Needs a promoted
-version: `make demo` first.
+For each model and engine the servers are started once and take turns: all but the one that is asked are held
+still (SIGSTOP), and of all rounds the median counts, so that a machine whose speed drifts is fair to all.
+Each has one engine thread, batches as much as it can by itself, and has the settings that its documentation
+names for speed. Ours asks for a key, journals durably before each 200, and keeps its metrics. What does not
+start, or answers otherwise than the engine, is told as such. Needs no version of its own: peers/packages.py.
+
+JSON: `rows` of {stack, model, engine, clients, rps, p50_ms, p99_ms, cpu_ms, rss_mb}, medians of the rounds.
+cpu_ms is the CPU time of all of a server's processes for an answer, rss_mb their resident memory, added up.
+The stack `engine` is the engine alone in a process, on prepared images; its clients are images of a batch.
+`failed`: {stack, model, engine, why}. `both_cores`: DenseNet121 with FORMULARY_LANES=2, and what two threads
+that decode and run an engine do without a server. Also `refused`, `starts_s`, `client`, `machine`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
-import os
-import sqlite3
-import subprocess
 import sys
 import tempfile
-import time
-from concurrent.futures import Future
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
-import httpx
 import numpy as np
-import psutil
-from starlette.requests import Request
 
-from imaging.config import read_places
-from imaging.preparation import prepare
-from imaging.reading import decode
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from machine import describe_machine
+from packages import DENSE, SMALL, make_root
+from servers import NULL, Failed, Server, Stack, describe_ours, list_stacks, measure_alone
+
+from imaging.config import Places
 from imaging.terminal import print_table
-from registry.engines import open_engine
-from registry.ledger import open_ledger
-from registry.package import read_contract, shelf
-from services.findings import encode
-from services.stack import free_port
 
-TASK, CLIENTS, KIND = "lung-nodule", 32, "application/x-npy"
-SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+COLUMNS = ((SMALL, "torch/f32"), (SMALL, "openvino/bf16"), (DENSE, "openvino/bf16"))
+CLIENTS, BATCHES = (1, 8, 32), (1, 4, 16)
+KEPT = ("rps", "p50_ms", "p99_ms", "cpu_ms", "rss_mb")
+MARKS = ("<!-- figures: benchmarks/serving.py --page -->", "<!-- end of figures -->")
+Rows = list[dict[str, Any]]
 
 
-def serve_peer(package: Path, port: int) -> None:
-    """The server that a team would write by hand: decode, prepare, queue, answer."""
-    import uvicorn
-    from fastapi import FastAPI
+class Comparison:
+    """One model on one engine, in each stack.
 
-    contract, engine = read_contract(package), open_engine(package, "openvino", "f32")
-    waiting: SimpleQueue[tuple[Any, Future[Any]]] = SimpleQueue()
+    Args:
+        places: a checkout with a version of it.
+        column: model and engine.
+        how: rounds, and seconds of each measurement.
+        told: where findings go.
+    """
 
-    def work() -> None:
-        while True:
-            taken = [waiting.get()]
-            while len(taken) < contract.max_batch and not waiting.empty():
-                taken.append(waiting.get())
-            said = contract.probabilities(engine.run(np.stack([image for image, _ in taken])).logits)
-            for (_, future), answer in zip(taken, said, strict=True):
-                future.set_result(answer)
+    def __init__(
+        self, places: Places, column: tuple[str, str], how: tuple[int, float], told: dict[str, Any]
+    ) -> None:
+        self._places, self._column, self._how, self._told = places, column, how, told
+        self._facts = {"model": column[0], "engine": column[1]}
 
-    application = FastAPI()
+    def compare(self, asked: list[str]) -> None:
+        """Every stack, or those that are asked for, in turns."""
+        found: dict[tuple[str, int], Rows] = {}
+        stacks = list_stacks(self._places, *self._column)
+        with self._serve([one for one in stacks if one.name in (asked or [one.name])]) as servers:
+            for number in range(self._how[0]):
+                print(f"{' with '.join(self._column)}: round {number + 1}", file=sys.stderr)
+                for clients, row in zip(CLIENTS, self._measure_alone(CLIENTS), strict=True):
+                    found.setdefault(("engine", clients), []).append(row)
+                for server in list(servers):
+                    self._measure(servers, server, found)
+        for (stack, clients), rows in found.items():
+            row = {"stack": stack, **self._facts, "clients": clients}
+            self._told["rows"].append(row | take_medians(rows))
+            if refused := sum(one.get("refused", 0) for one in rows):
+                self._told["refused"].append(row | {"refused": refused})
 
-    @application.post("/predict")
-    async def predict(request: Request) -> dict[str, list[float]]:
-        image = decode(await request.body(), KIND)
-        future: Future[Any] = Future()
-        waiting.put((prepare(image.pixels, contract.preparation), future))
-        return {"probabilities": (await asyncio.wrap_future(future)).tolist()}
+    def compare_both_cores(self) -> dict[str, Any]:
+        """Ours with two batches in flight, and two threads that decode and run an engine, and serve nobody.
 
-    Thread(target=work, daemon=True).start()
-    uvicorn.run(application, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+        The threads try several sizes of a batch, and the fastest counts.
+        """
+        ours, alone = Rows(), [Rows() for _ in BATCHES]
+        stack = describe_ours(self._places, *self._column, {"FORMULARY_LANES": "2"})
+        with self._serve([stack]) as servers:
+            for _ in range(self._how[0]):
+                for server in list(servers):
+                    with self._noting(servers, server):
+                        ours.append(server.measure(CLIENTS[-1], self._how[1]))
+                for rows, row in zip(alone, self._measure_alone(BATCHES, "2"), strict=True):
+                    rows.append(row)
+        if not ours:
+            return {}
+        served, best = take_medians(ours), max(map(take_medians, alone), key=lambda row: row["rps"])
+        return {"formulary": served, "alone": best, "ratio": round(served["rps"] / best["rps"], 3)}
 
+    def _measure(self, servers: list[Server], server: Server, found: dict[tuple[str, int], Rows]) -> None:
+        with self._noting(servers, server):
+            for clients in CLIENTS:
+                row = server.measure(clients, self._how[1])
+                found.setdefault((server.stack.name, clients), []).append(row)
 
-def measure_engine(package: Path, seconds: float) -> dict[str, float]:
-    """Images a second of the engine alone: one at a time, and in batches of 32."""
-    contract, engine = read_contract(package), open_engine(package, "openvino", "f32")
-    told = {}
-    for size in (1, 32):
-        batch = np.zeros((size, *contract.shape), np.float32)
-        engine.run(batch)
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            engine.run(batch)
-            count += size
-        told[f"batch_{size}"] = round(count / (time.perf_counter() - start), 1)
-    return told
+    def _measure_alone(self, batches: tuple[int, ...], *threads: str) -> Rows:
+        package, sizes = self._places.stage(self._column[0], "package"), ",".join(map(str, batches))
+        told: Rows = measure_alone(package, self._column[1], str(self._how[1]), sizes, *threads)
+        return told
 
+    @contextmanager
+    def _serve(self, stacks: list[Stack]) -> Iterator[list[Server]]:
+        """Servers that answer as the engine does, held still, and ended whatever happens."""
+        model, engine = self._column
+        expected, servers = measure_alone(self._places.stage(model, "package"), engine), list[Server]()
+        try:
+            for stack in stacks:
+                log = self._places.root.with_name(f"{stack.name} {model}.log".replace(" ", "-"))
+                servers.append(server := Server(stack, log))
+                with self._noting(servers, server):
+                    server.wait()
+                    server.check(expected)
+                    self._told["starts_s"].append({"stack": stack.name, **self._facts, "s": server.start_s})
+            yield servers
+        finally:
+            for server in servers:
+                server.stop()
 
-async def load(port: int, request: bytes, clients: int, seconds: float) -> list[float]:
-    """Milliseconds of each answer while keep-alive clients ask as fast as they are answered."""
-    stop, spent = time.perf_counter() + seconds, []
-
-    async def ask() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while time.perf_counter() < stop:
-            start = time.perf_counter()
-            writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            if not head.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"refused: {head.splitlines()[0].decode()}")
-            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-            await reader.readexactly(int(length.split(b":")[1]))
-            spent.append(1000 * (time.perf_counter() - start))
-        writer.close()
-
-    await asyncio.gather(*(ask() for _ in range(clients)))
-    return spent
-
-
-def measure_server(
-    process: psutil.Process, port: int, path: str, load_for: tuple[int, float]
-) -> dict[str, float]:
-    """Requests a second, latency, and what a request costs the server's processes in CPU time."""
-    body = encode(np.full((64, 64), -600, np.int16), KIND, 2.5, "CT")
-    head = [f"POST {path} HTTP/1.1", "Host: bench", f"X-Site: {os.environ['BENCH_SITE']}",
-            f"Content-Type: {KIND}", f"Content-Length: {len(body)}"]  # fmt: skip
-    request = "\r\n".join([*head, "", ""]).encode() + body
-    asyncio.run(load(port, request, load_for[0], 0.5))
-    before = _cpu_seconds(process)
-    spent = asyncio.run(load(port, request, *load_for))
-    cpu_ms = 1000 * (_cpu_seconds(process) - before) / len(spent)
-    middle, last = np.percentile(spent, [50, 99]).round(2).tolist()
-    return {
-        "requests_per_s": round(len(spent) / load_for[1], 1),
-        "p50_ms": middle,
-        "p99_ms": last,
-        "server_cpu_ms": round(cpu_ms, 3),
-    }
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    family = [process, *process.children(recursive=True)]
-    return sum(times.user + times.system for times in (member.cpu_times() for member in family))
-
-
-def start(command: list[str], port: int, path: str, **settings: str) -> psutil.Process:
-    """A server on loopback, once it answers."""
-    process = psutil.Popen(command, env={**os.environ, **SETTINGS, **settings},
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    for _ in range(300):
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200:
-                return process
-        time.sleep(0.2)
-    raise SystemExit(f"{' '.join(command)} did not answer")
+    @contextmanager
+    def _noting(self, servers: list[Server], server: Server) -> Iterator[None]:
+        """A server that fails is told of, ended, and asked no more."""
+        try:
+            yield
+        except Failed as error:
+            servers.remove(server)
+            server.stop()
+            self._told["failed"].append({"stack": server.stack.name, **self._facts, "why": str(error)})
+            print(f"{server.stack.name} on {' with '.join(self._column)}: {error}", file=sys.stderr)
 
 
-def copy_var(var: Path, folder: Path) -> None:
-    """The ledger and the packages of a var folder, and a journal of its own."""
-    with sqlite3.connect(var / "formulary.db") as ledger:
-        ledger.execute("VACUUM INTO ?", (str(folder / "formulary.db"),))
-    (folder / "packages").symlink_to((var / "packages").resolve())
+def take_medians(rows: Rows) -> dict[str, float]:
+    return {name: round(float(np.median([row[name] for row in rows])), 3) for name in KEPT}
 
 
-def compare(package: Path, scratch: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both servers in turns; the median of the rounds."""
-    ports = {"peer": free_port(), "gateway": free_port()}
-    commands = {
-        "peer": [sys.executable, __file__, "--peer", str(package), str(ports["peer"])],
-        "gateway": [sys.executable, "-m", "formulary", "services", "serve", "--port", str(ports["gateway"])],
-    }
-    paths = {"peer": "/predict", "gateway": f"/v1/models/{TASK}/predict"}
-    ready = {"peer": "/openapi.json", "gateway": "/readyz"}
-    servers = {
-        name: start(commands[name], ports[name], ready[name], FORMULARY_VAR=str(scratch)) for name in ports
-    }
-    told: dict[str, Any] = {"engine": measure_engine(package, seconds)}
+def measure_clients(folder: Path, seconds: float) -> dict[str, float]:
+    """What the clients can ask of a server that does nothing, on the same cores."""
+    server = Server(NULL, folder / "null.log")
     try:
-        for clients in (1, CLIENTS):
-            found = {name: [] for name in servers}
-            for _ in range(rounds):
-                for name, process in servers.items():
-                    found[name].append(measure_server(process, ports[name], paths[name], (clients, seconds)))
-            told[f"clients_{clients}"] = {
-                name: {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
-                for name, rows in found.items()
-            }
+        server.wait()
+        told = server.measure(CLIENTS[-1], seconds)
     finally:
-        for process in servers.values():
-            process.terminate()
-            process.wait(30)
-    return told
+        server.stop()
+    return {"most_rps": round(told["rps"]), "cpu_ms": round(told["client_cpu_ms"], 3)}
+
+
+def report(told: dict[str, Any]) -> None:
+    """A table for people, of each model and engine."""
+    for model, engine in COLUMNS:
+        this = {"model": model, "engine": engine}
+        rows = [[row["stack"], str(row["clients"]), f"{row['rps']:.0f}",
+                 *(f"{row[name]:.2f}" for name in KEPT[1:4]), f"{row['rss_mb']:.0f}"]
+                for row in told["rows"] if this.items() <= row.items()]  # fmt: skip
+        rows += [[row["stack"], "", "FAILED", row["why"][:60], "", "", ""]
+                 for row in told["failed"] if this.items() <= row.items()]  # fmt: skip
+        names = ["stack", "clients", "answers/s", "p50 ms", "p99 ms", "CPU ms", "MB"]
+        print_table(f"{model}, {engine}", names, rows)
+    print("DenseNet121 on both cores:", json.dumps(told["both_cores"]))
+    print("the clients alone:", json.dumps(told["client"]), "on", json.dumps(told["machine"]))
+
+
+def write_page(told: dict[str, Any], path: Path) -> None:
+    """The figures as Markdown, in place of what stands between the page's two marks."""
+    lines = ["Machine: " + json.dumps(told["machine"]), ""]
+    for clients in CLIENTS:
+        lines += [f"{clients} client{'s' * (clients > 1)}", ""]
+        lines += ["| | " + " | ".join(", ".join(column) for column in COLUMNS) + " |", "|---" * 4 + "|"]
+        rows = {(row["stack"], row["model"], row["engine"]): row for row in told["rows"]
+                if row["clients"] == clients}  # fmt: skip
+        for stack in dict.fromkeys(row["stack"] for row in told["rows"] + told["failed"]):
+            cells = (_show(rows.get((stack, *column))) for column in COLUMNS)
+            lines.append(f"| {stack} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        f"{one['stack']} failed on {one['model']}, {one['engine']}: {one['why']}" for one in told["failed"]
+    ]
+    lines += ["DenseNet121 on both cores: " + json.dumps(told["both_cores"]), ""]
+    lines += ["The clients alone, of a server that does nothing: " + json.dumps(told["client"])]
+    before, _, rest = path.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    path.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
+
+
+def _show(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "failed"
+    return "{rps:.0f}; {p50_ms:.1f}, {p99_ms:.1f}; {cpu_ms:.2f}; {rss_mb:.0f}".format(**row)
 
 
 def main() -> None:
     """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="about a minute: 3 rounds of 3 s instead of 7 of 10 s"
-    )
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 0.7 s instead of 5 of 3 s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument(
-        "--peer", nargs=2, metavar=("PACKAGE", "PORT"), help="be the peer (used by this script)"
-    )
+    parser.add_argument("--stack", action="append", default=[], help="only this one; may be given again")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="renew the figures of docs/performance.md")
     asked = parser.parse_args()
-    if asked.peer:
-        return serve_peer(Path(asked.peer[0]), int(asked.peer[1]))
-    places = read_places()
-    champions = open_ledger(places.var).champions(TASK)
-    if not champions:
-        raise SystemExit(f"No version of {TASK} is approved anywhere. Run `make demo` first.")
-    os.environ["BENCH_SITE"], champion = next(iter(champions.items()))
-    with tempfile.TemporaryDirectory() as folder:
-        copy_var(places.var, Path(folder))
-        rounds, seconds = (3, 3.0) if asked.quick else (7, 10.0)
-        told = compare(shelf(places.var, champion.digest), Path(folder), rounds, seconds)
-    ours, peer = (told[f"clients_{CLIENTS}"][name] for name in ("gateway", "peer"))
-    told["gateway_over_peer"] = round(ours["requests_per_s"] / peer["requests_per_s"], 3)
-    told["gateway_over_engine"] = round(ours["requests_per_s"] / told["engine"]["batch_32"], 3)
+    how = (2, 0.7) if asked.quick else (5, 3.0)
+    told: dict[str, Any] = {"rows": [], "failed": [], "refused": [], "starts_s": []}
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        told["machine"] = describe_machine(folder)
+        told["client"] = measure_clients(folder, how[1])
+        roots = {model: make_root(folder / model, model) for model in (SMALL, DENSE)}
+        comparisons = [Comparison(roots[column[0]], column, how, told) for column in COLUMNS]
+        for comparison in comparisons:
+            comparison.compare(asked.stack)
+        told["both_cores"] = comparisons[-1].compare_both_cores()
     report(told)
+    if asked.page:
+        write_page(told, asked.page)
     if asked.json:
         asked.json.write_text(json.dumps(told, indent=1) + "\n")
-    return None
-
-
-def report(told: dict[str, Any]) -> None:
-    """A table for people."""
-    rows = [["engine alone", size.removeprefix("batch_") + " a batch", f"{rate:.0f}", "", "", ""]
-            for size, rate in told["engine"].items()]  # fmt: skip
-    for clients in (1, CLIENTS):
-        for name, row in told[f"clients_{clients}"].items():
-            rows.append([name, f"{clients} clients", f"{row['requests_per_s']:.0f}", f"{row['p50_ms']:.1f}",
-                         f"{row['p99_ms']:.1f}", f"{row['server_cpu_ms']:.2f}"])  # fmt: skip
-    print_table(
-        f"{TASK}, OpenVINO f32, 1 thread", ["what", "load", "images/s", "p50 ms", "p99 ms", "CPU ms"], rows
-    )
-    print(
-        f"gateway / peer {told['gateway_over_peer']:.2f}, gateway / engine {told['gateway_over_engine']:.2f}"
-    )
 
 
 if __name__ == "__main__":

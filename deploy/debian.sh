@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Debian packages that the tests and the demo can use, and why. Nothing else is installed outside .venv.
 #   mricron-data   Colin27: one real person's MR, scored as a real external subject of brain-tissue
+#   iproute2       a network of its own for the test that nothing leaves the gateway
 #   postgresql     the other database of the ledger: tests start a server of their own and throw it away
 # Where one is absent: the reports say that Colin27 was not scored; tests are skipped by name, or fail if CI=true.
 set -uo pipefail
-packages=(mricron-data postgresql)
+packages=(mricron-data postgresql iproute2)
 missing=()
 for name in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$name" 2>/dev/null | grep -q "ok installed" || missing+=("$name")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from imaging.errors import ConfigError, UnknownSite, UnknownTask
 from imaging.recipe import Profile, Section, TaskSection
@@ -46,10 +46,15 @@ class Params(Section):
 
 
 class Site(Section):
-    """A place where images are made."""
+    """A place where images are made.
+
+    Attributes:
+        per_second: predictions that it may ask for each second; as many as it likes unless told.
+    """
 
     kind: SiteKind
     title: str
+    per_second: float | None = Field(default=None, ge=1)
 
 
 class Sites(Section):

@@ -6,7 +6,9 @@ FormularyError
 ├── DataError              a cohort, manifest or stage output that is not what it must be
 ├── ImageError             an image that cannot be answered
 │   ├── TooLarge           more bytes or pixels than the limit
+│   ├── TooSlow            a body that did not arrive in time
 │   ├── WrongType          a content type or encoding that is not on the list
+│   ├── NotAcceptable      an answer is wanted in a form that there is not
 │   ├── Unreadable         bytes that are not what they say they are
 │   ├── WrongModality      another kind of image than the model reads
 │   ├── WrongShape         other rows, columns, orientation or spacing
@@ -24,6 +26,11 @@ FormularyError
     ├── NotApproved        no version is approved for this task at this site
     │   └── Suspended      one is, and somebody stopped it
     ├── NotReady           models are loading, or the service is stopping
+    ├── DeviceMissing      an engine's device is not there, or cannot do what is asked
+    ├── Overloaded         more is asked than can be answered in time, or than the site may ask
+    ├── Expired            the deadline passed before the answer was there
+    ├── UnknownJob         no such job of this site, or it was erased
+    ├── NoResult           a job that is not done
     └── JournalDown        the journal cannot take a row, so no answer may leave
 """
 
@@ -70,10 +77,22 @@ class TooLarge(ImageError):
     title = "Too large"
 
 
+class TooSlow(ImageError):
+    """A body that did not arrive in time."""
+
+    title = "The body came too slowly"
+
+
 class WrongType(ImageError):
     """A content type or encoding that is not on the list."""
 
     title = "This type of file is not taken"
+
+
+class NotAcceptable(ImageError):
+    """An answer is wanted in a form that there is not."""
+
+    title = "No answer has this form"
 
 
 class Unreadable(ImageError):
@@ -176,6 +195,40 @@ class NotReady(ServingError):
     """Models are loading, or the service is stopping."""
 
     title = "Not ready"
+
+
+class DeviceMissing(ServingError):
+    """An engine's device is not there, or cannot do what is asked."""
+
+    title = "A device is missing"
+
+
+class Overloaded(ServingError):
+    """More is asked than can be answered in time, or than a site may ask; come back after `retry_s`."""
+
+    title = "Too much is asked"
+
+    def __init__(self, fact: str, fix: str = "", retry_s: float = 1.0) -> None:
+        super().__init__(fact, fix)
+        self.retry_s = retry_s
+
+
+class Expired(ServingError):
+    """The deadline passed before the answer was there."""
+
+    title = "Too late"
+
+
+class UnknownJob(ServingError):
+    """No such job of this site, or it was erased."""
+
+    title = "No such job"
+
+
+class NoResult(ServingError):
+    """A job that is not done."""
+
+    title = "There is no result"
 
 
 class JournalDown(ServingError):

@@ -51,37 +51,52 @@ class Image:
 
 STATISTICS = ("background", "median", "bright", "contrast", "noise", "sharpness")
 COLOURS = ("red", "blue")
+ENOUGH_PIXELS = 2**14
 
 
 def describe(prepared: NDArray[np.float32]) -> dict[str, float]:
-    """Describe a prepared image by a few numbers.
+    """Describe a prepared image by a few numbers, of all of it or of lines at even steps where it is large.
 
     Args:
-        prepared: float32 (channels[, depth], rows, columns), as `prepare` returns it.
+        prepared: float32 (channels[, depth], rows, columns), at least 3 rows and columns, as `prepare`
+            returns it.
 
     Returns:
         background, median, bright: 5th, 50th and 95th percentile; contrast: standard deviation; noise:
         robust standard deviation of the diagonal second difference (Immerkaer 1996); sharpness: mean
-        gradient over contrast, per pixel. All in prepared units, over all channels and slices. Colour images
-        have red and blue as well: how much more of it there is than green.
+        gradient (central differences) over contrast, per pixel. All in prepared units, over all channels and
+        slices. Colour images have red and blue as well: how much more of it there is than green.
     """
-    pixels = prepared.astype(np.float64)
-    background, median, bright = (float(v) for v in np.percentile(pixels, [5, 50, 95]))
-    contrast = float(pixels.std())
-    second = np.diff(np.diff(pixels, 2, axis=-2), 2, axis=-1)  # smooth anatomy cancels, noise does not
-    rows, columns = np.gradient(pixels, axis=(-2, -1))
+    step = max(1, prepared.size // ENOUGH_PIXELS)
+    above, here, below = (prepared[..., k : prepared.shape[-2] - 2 + k : step, :] for k in range(3))
+    lines = prepared[..., ::step, :]
+    background, median, bright = _percentiles(lines.ravel(), (0.05, 0.5, 0.95))
+    contrast = float(lines.std())
+    bend = above - 2 * here + below
+    second = bend[..., 2:] - 2 * bend[..., 1:-1] + bend[..., :-2]  # smooth anatomy cancels, noise does not
+    down, right = (below - above)[..., 1:-1], here[..., 2:] - here[..., :-2]
     told = {
         "background": background,
         "median": median,
         "bright": bright,
         "contrast": contrast,
         "noise": float(np.sqrt(np.pi / 2) * np.abs(second).mean() / 6),
-        "sharpness": float(np.hypot(rows, columns).mean() / max(contrast, 1e-6)),
+        "sharpness": float(np.sqrt(down * down + right * right).mean() / 2 / max(contrast, 1e-6)),
     }
-    if len(pixels) == 3:
-        red, green, blue = (float(channel.mean()) for channel in pixels)
+    if len(prepared) == 3:
+        red, green, blue = (float(channel.mean()) for channel in lines)
         told |= {"red": red - green, "blue": blue - green}
     return told
+
+
+def _percentiles(values: NDArray[np.float32], shares: tuple[float, ...]) -> list[float]:
+    """numpy.percentile's linear rule, at a fifth of its time."""
+    places = [share * (len(values) - 1) for share in shares]
+    lower = [int(place) for place in places]
+    upper = [min(place + 1, len(values) - 1) for place in lower]
+    order = np.partition(values, [*lower, *upper])
+    pairs = zip(places, lower, upper, strict=True)
+    return [float(order[low] + (order[high] - order[low]) * (place - low)) for place, low, high in pairs]
 
 
 def show_image(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -70,7 +70,9 @@ def prepare(pixels: NDArray[np.float32], preparation: Window | Percentiles | Col
     else:
         low, high = (float(v) for v in np.percentile(pixels, [preparation.low, preparation.high]))
         limit = 1.5
-    scaled = (pixels - np.float32(low)) * np.float32(2 / max(high - low, 1e-6)) - np.float32(1)
-    clipped = np.clip(scaled, -limit, limit)
-    planes = clipped if isinstance(preparation, Colour) else clipped[None]
-    return np.ascontiguousarray(planes, dtype=np.float32)
+    planes = np.empty(pixels.shape, np.float32)
+    np.subtract(pixels, np.float32(low), out=planes)
+    planes *= np.float32(2 / max(high - low, 1e-6))
+    planes -= np.float32(1)
+    np.clip(planes, -limit, limit, out=planes)
+    return planes if isinstance(preparation, Colour) else planes[None]

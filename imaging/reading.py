@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +28,14 @@ SUFFIXES = {
 }
 
 
-def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
+def decode(body: bytes, content_type: str, png_offset: float = 0.0, limit: int = MAX_PIXELS) -> Image:
     """Read one slice, colour photograph or volume.
 
     Args:
         body: the file.
         content_type: one of `ContentType`; parameters behind a semicolon are ignored.
         png_offset: added to the grey values of a PNG (a CT sent as PNG stores HU + 1024).
+        limit: most pixels of an .npy or NIfTI file.
 
     Returns:
         The image, rows and columns as a radiologist's screen shows them, depth from the feet up.
@@ -40,26 +43,20 @@ def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
     Raises:
         WrongType: the content type, or the encoding inside the file, is not taken.
         Unreadable: the bytes are damaged or are something else.
-        TooLarge: more than 4096 x 4096 pixels.
+        TooLarge: more than 4096 x 4096 pixels, or the limit.
         WrongShape: not axial, or several images.
         NotFinite: NaN or infinity.
     """
     name = content_type.split(";")[0].strip().lower()
-    readers: dict[str, Callable[[bytes], Image]] = {
-        ContentType.PNG: lambda data: _read_png(data, png_offset),
-        ContentType.DICOM: _read_dicom,
-        ContentType.NIFTI: _read_nifti,
-        ContentType.NPY: _read_npy,
-    }
-    if name not in readers:
+    if name not in READERS:
         raise WrongType(
             f"Content type {name[:60] or '(none)'!r} is not taken.",
-            "Send " + ", ".join(sorted(readers)) + ".",
+            "Send " + ", ".join(sorted(READERS)) + ".",
         )
     if not body:
         raise Unreadable("The body is empty.", "Send the file itself as the body.")
     try:
-        return readers[name](body)
+        return _read_png(body, png_offset) if name == ContentType.PNG else READERS[name](body, limit)
     except ImageError:
         raise
     except Exception as error:  # hostile bytes in other people's parsers raise whatever they like
@@ -68,10 +65,10 @@ def decode(body: bytes, content_type: str, png_offset: float = 0.0) -> Image:
         ) from error
 
 
-def _bounded(*shape: int) -> None:
-    if math.prod(shape) > MAX_PIXELS:
+def _bounded(*shape: int, limit: int = MAX_PIXELS) -> None:
+    if math.prod(shape) > limit:
         raise TooLarge(
-            f"The image has {' x '.join(map(str, shape))} pixels.", f"Send at most {MAX_PIXELS} pixels."
+            f"The image has {' x '.join(map(str, shape))} pixels.", f"Send at most {limit} pixels."
         )
 
 
@@ -92,42 +89,48 @@ def _read_png(body: bytes, offset: float) -> Image:
                 f"Send 16 bit PNG of HU {-offset:+.0f}, or DICOM.",
             )
         pixels = np.asarray(picture, dtype=np.float32)
-    return Image(pixels + np.float32(offset))
+    return Image(pixels + np.float32(offset) if offset else pixels)
 
 
-def _read_npy(body: bytes) -> Image:
-    reader = io.BytesIO(body)
-    version = np.lib.format.read_magic(reader)
-    if version != (1, 0):
-        raise Unreadable(f"The .npy has version {version}.", "Write it with numpy.save, version 1.0.")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(reader)
+def _read_npy(body: bytes, limit: int) -> Image:
+    size = int.from_bytes(body[8:10], "little") + 10
+    if body[:8] != b"\x93NUMPY\x01\x00":
+        raise Unreadable("This is no .npy of version 1.0.", "Write it with numpy.save.")
+    shape, fortran, dtype = _npy_header(body[:size])
     if dtype.hasobject or dtype.kind not in "iuf":
         raise WrongType(f"The .npy holds {dtype}.", "Send integers or floats.")
     if len(shape) not in (2, 3):
         raise WrongShape(f"The array has shape {shape}.", "Send rows, columns[, 3], or depth, rows, columns.")
-    _bounded(*shape)
-    reader.seek(0)
-    pixels = np.load(reader, allow_pickle=False)
+    _bounded(*shape, limit=limit)
+    pixels = np.frombuffer(body, dtype, math.prod(shape), size)
     with np.errstate(over="ignore"):
-        return Image(pixels.astype(np.float32))
+        return Image(pixels.reshape(shape, order="F" if fortran else "C").astype(np.float32))
 
 
-def _inflate(body: bytes) -> bytes:
-    limit = MAX_PIXELS * 8 + 4096
+@functools.lru_cache(256)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns come first, and dtype; a hospital sends the same header again and again."""
+    reader = io.BytesIO(header)
+    np.lib.format.read_magic(reader)
+    return np.lib.format.read_array_header_1_0(reader)
+
+
+def _inflate(body: bytes, pixels: int) -> bytes:
+    limit = pixels * 8 + 4096
     with gzip.GzipFile(fileobj=io.BytesIO(body)) as stream:
         raw = stream.read(limit + 1)
     if len(raw) > limit:
-        raise TooLarge("The file inflates beyond the limit.", f"Send at most {MAX_PIXELS} pixels.")
+        raise TooLarge("The file inflates beyond the limit.", f"Send at most {pixels} pixels.")
     return raw
 
 
-def _read_nifti(body: bytes) -> Image:
+def _read_nifti(body: bytes, limit: int) -> Image:
     import nibabel as nib
 
-    volume = nib.Nifti1Image.from_bytes(_inflate(body) if body[:2] == b"\x1f\x8b" else body)
+    volume = nib.Nifti1Image.from_bytes(_inflate(body, limit) if body[:2] == b"\x1f\x8b" else body)
     if volume.ndim not in (2, 3):
         raise WrongShape(f"The NIfTI has shape {volume.shape}.", "Send (i, j), (i, j, 1) or (i, j, k).")
-    _bounded(*volume.shape)
+    _bounded(*volume.shape, limit=limit)
     if volume.get_data_dtype().kind not in "iuf":
         raise WrongType(f"The NIfTI holds {volume.get_data_dtype()}.", "Send integers or floats.")
     if not (int(volume.header["sform_code"]) or int(volume.header["qform_code"])):
@@ -206,3 +209,61 @@ def _upright(data: Any) -> None:
         raise WrongShape(
             "The slice is not axial, or is turned.", "Send axial slices with orientation 1,0,0,0,1,0."
         )
+
+
+READERS: dict[str, Callable[[bytes, int], Image]] = {
+    ContentType.PNG: lambda body, _: _read_png(body, 0.0),
+    ContentType.DICOM: lambda body, _: _read_dicom(body),
+    ContentType.NIFTI: _read_nifti,
+    ContentType.NPY: _read_npy,
+}
+
+
+def measure_volume(head: bytes, content_type: str) -> tuple[int, ...]:
+    """The shape of a volume, (depth, rows, columns), by the first bytes of its file alone.
+
+    Args:
+        head: at least the first 4096 bytes of an .npy or (perhaps gzipped) NIfTI file.
+        content_type: which of the two.
+
+    Raises:
+        WrongType: neither of the two.
+        Unreadable: something else.
+    """
+    import nibabel as nib
+
+    try:
+        if content_type == ContentType.NPY:
+            return _npy_header(head[: int.from_bytes(head[8:10], "little") + 10])[0]
+        if content_type == ContentType.NIFTI:
+            raw = zlib.decompressobj(31).decompress(head, 348) if head[:2] == b"\x1f\x8b" else head
+            shape = nib.Nifti1Header(raw[:348], check=False).get_data_shape()
+            return tuple(int(side) for side in reversed(shape))
+    except Exception as error:  # hostile bytes in other people's parsers
+        raise Unreadable(f"This is no {content_type}.", "Send the whole, unchanged file.") from error
+    raise WrongType(f"{content_type} holds no volume.", "Send application/x-nifti or application/x-npy.")
+
+
+def write_like(labels: np.ndarray, body: bytes) -> tuple[bytes, float]:
+    """A mask as NIfTI that lies as the NIfTI volume lay of which it was made.
+
+    Args:
+        labels: uint8 (depth, rows, columns), as `decode` turned them.
+        body: the volume's file; of a gzipped one the header is enough.
+
+    Returns:
+        The gzipped file, with the volume's affine, and mm³ of a voxel.
+    """
+    import nibabel as nib
+
+    raw = zlib.decompressobj(31).decompress(body, 352) if body[:2] == b"\x1f\x8b" else body
+    header = nib.Nifti1Header(raw[:348])
+    for told in ("descrip", "aux_file", "db_name", "intent_name"):  # where some tools put a patient's name
+        header[told] = b""
+    header.set_data_dtype(np.uint8)
+    header["cal_min"] = header["cal_max"] = 0
+    affine = header.get_best_affine()
+    flips, _ = _axial(affine)
+    turned = np.flip(labels.T, tuple(axis for axis in range(3) if flips[axis]))
+    made = nib.Nifti1Image(np.ascontiguousarray(turned), None, header)
+    return gzip.compress(made.to_bytes(), 1, mtime=0), float(abs(np.linalg.det(affine[:3, :3])))

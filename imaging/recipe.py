@@ -199,12 +199,17 @@ class EvaluateSection(Section):
 
 
 class QualifySection(Section):
-    """Which engines are checked against the golden cases, and at which batch sizes."""
+    """Which engines are held to the reference engine, on what.
 
-    engines: tuple[str, ...] = Field(
-        min_length=1, description="engine/precision, best first is found by time"
-    )
+    Attributes:
+        engines: names, e.g. openvino/bf16; the first that passes serves unless another is faster by a tenth.
+        batch_sizes: the contract's largest comes with them, and none is larger.
+        images: of validation, at most; golden images and edge cases come with them.
+    """
+
+    engines: tuple[str, ...] = Field(min_length=1)
     batch_sizes: tuple[int, ...] = Field(min_length=1)
+    images: int = Field(default=128, ge=4, le=4096)
 
 
 class ReferenceSection(Section):

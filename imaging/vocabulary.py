@@ -101,12 +101,31 @@ class Decision(StrEnum):
     REJECTED = "rejected"
     APPROVED = "approved"
     CHALLENGED = "challenged"
+    TRIAL_STARTED = "trial-started"
+    TRIAL_ENDED = "trial-ended"
+    CANARY_SET = "canary-set"
     ROLLED_BACK = "rolled-back"
     SUSPENDED = "suspended"
     RESUMED = "resumed"
     RETIRED = "retired"
     EXPORTED = "exported"
     INCIDENT = "incident"
+
+
+class Endpoint(StrEnum):
+    """What a silent trial decides by: the same findings as the champion, or the truth that comes later."""
+
+    AGREEMENT = "agreement"
+    ACCURACY = "accuracy"
+
+
+class TrialVerdict(StrEnum):
+    """What a silent trial says of the challenger, so far or at last."""
+
+    RUNNING = "running"
+    PASSED = "passed"
+    FAILED = "failed"
+    UNDECIDED = "undecided"
 
 
 class Scope(StrEnum):
@@ -151,3 +170,42 @@ class ContentType(StrEnum):
     DICOM = "application/dicom"
     NIFTI = "application/x-nifti"
     NPY = "application/x-npy"
+
+
+class Entry(StrEnum):
+    """What became of a credential: at the door, and before that in whoever's hands it was made."""
+
+    ADMITTED = "admitted"
+    NO_CREDENTIAL = "no credential"
+    NOT_BELIEVED = "not believed"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+    NO_SITE = "no site"
+    OTHER_SITE = "another site"
+    KEY_CREATED = "key created"
+    KEY_ROTATED = "key rotated"
+    KEY_REVOKED = "key revoked"
+
+
+class JobKind(StrEnum):
+    """What a job does that takes longer than a request may."""
+
+    VOLUME = "volume"
+    EXPLANATION = "explanation"
+
+
+class JobState(StrEnum):
+    """How a job goes."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Method(StrEnum):
+    """How an explanation is found: by covering parts of the image, or by the gradient of the answer."""
+
+    OCCLUSION = "occlusion"
+    GRADIENT = "gradient"

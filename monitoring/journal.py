@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import hmac
 import json
+import math
 import os
 import secrets
 import threading
@@ -16,15 +17,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from imaging.errors import JournalDown
-from imaging.greedy import GreedyWorker
 from monitoring import telemetry
 from registry.database import open_database, writing
 
-BATCH = 256
+INSERT = (
+    "INSERT INTO predictions (id, at, request_id, task, site, version, package, engine, subject, image, "
+    "columns, stages_ms, answer, batch) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Prediction:
         image: sha256 of the request's body.
         columns: what is compared with the reference: statistics of the image and scores of the answer.
         stages_ms: how long each stage took.
+        answer: sha256 of what was answered, for a replay.
+        batch: which place of a batch of which size the image had, e.g. 3:32.
     """
 
     id: str
@@ -56,6 +62,8 @@ class Prediction:
     image: str
     columns: dict[str, float]
     stages_ms: dict[str, float]
+    answer: str = ""
+    batch: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,17 +108,14 @@ class Journal:
         Raises:
             JournalDown: the database cannot be written: disk full, locked for over two seconds, gone.
         """
-        at = _now()
-        values = [
-            {**asdict(row), "at": at, "columns": _dump(row.columns), "stages_ms": _dump(row.stages_ms)}
+        at, start = _now(), time.perf_counter()
+        self._write(INSERT, [
+            (row.id, at, row.request_id, row.task, row.site, row.version, row.package, row.engine,
+             row.subject, row.image, _dump(row.columns), _dump(row.stages_ms), row.answer, row.batch)
             for row in rows
-        ]
-        insert = text(
-            "INSERT INTO predictions (id, at, request_id, task, site, version, package, engine, subject, "
-            "image, columns, stages_ms) VALUES (:id, :at, :request_id, :task, :site, :version, :package, "
-            ":engine, :subject, :image, :columns, :stages_ms)"
-        )
-        self._write(insert, values)
+        ])  # fmt: skip
+        telemetry.JOURNAL_COMMIT.observe(time.perf_counter() - start)
+        telemetry.JOURNAL_ROWS.inc(len(rows))
 
     def last_seq(self, task: str | None = None, site: str | None = None) -> int:
         """The newest row's number, of everything or of one task and site; 0 when there is none."""
@@ -154,6 +159,11 @@ class Journal:
             for row in reversed(rows)
         ]
 
+    def find(self, number: str) -> dict[str, Any] | None:
+        """The prediction of this id as it stands; None when there is none."""
+        rows = self._read(text("SELECT * FROM predictions WHERE id = :id"), id=number)
+        return rows[0] if rows else None
+
     def write_verdict(self, row: VerdictRow) -> None:
         """Keep what the monitor said.
 
@@ -161,10 +171,9 @@ class Journal:
             JournalDown: the database cannot be written.
         """
         names = list(VerdictRow.__dataclass_fields__)
-        insert = text(
-            f"INSERT INTO verdicts ({', '.join(names)}) VALUES ({', '.join(':' + name for name in names)})"
-        )
-        self._write(insert, {**asdict(row), "columns": _dump(row.columns)})
+        insert = f"INSERT INTO verdicts ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+        told = {**asdict(row), "columns": _dump(row.columns)}
+        self._write(insert, [tuple(told[name] for name in names)])
 
     def newest_verdicts(self) -> list[VerdictRow]:
         """The newest verdict of every task and site."""
@@ -183,11 +192,11 @@ class Journal:
         rows = self._read(query, task=task, site=site, version=version, back=8 * subjects)
         return int(rows[0]["seq"]) if rows else 0
 
-    def _write(self, insert: Any, values: Any) -> None:
+    def _write(self, insert: str, values: list[tuple[Any, ...]]) -> None:
         """Commit, and see that what was written to is still the journal: SQLite does not notice a removal."""
         try:
             with writing(self._engine).begin() as connection:
-                connection.execute(insert, values)
+                connection.exec_driver_sql(insert, values)
             opened, self._file = self._file, self._identify()
         except (SQLAlchemyError, OSError) as error:
             raise _down(error) from error
@@ -207,23 +216,6 @@ class Journal:
             raise _down(error) from error
 
 
-def commit_in_groups(journal: Journal) -> GreedyWorker[Prediction, None]:
-    """One writer for many answers: whatever waits goes into one transaction.
-
-    A future resolves when the commit that holds its row has returned, and never before. When the journal
-    cannot be written every waiting future gets JournalDown, and the next batch tries again.
-    """
-
-    def commit(rows: list[Prediction]) -> list[None]:
-        start = time.perf_counter()
-        journal.append(rows)
-        telemetry.JOURNAL_COMMIT.observe(time.perf_counter() - start)
-        telemetry.JOURNAL_ROWS.inc(len(rows))
-        return [None] * len(rows)
-
-    return GreedyWorker("journal", commit, BATCH)
-
-
 def pseudonym(var: Path, site: str, subject: str) -> str:
     """HMAC-SHA256 of a subject under the site's own key, so that a short patient number cannot be guessed.
 
@@ -232,7 +224,7 @@ def pseudonym(var: Path, site: str, subject: str) -> str:
         site: the site.
         subject: the site's number of the person.
     """
-    return hmac.new(_site_key(var, site), subject.encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(_site_key(var, site), subject.encode(), "sha256").hex()
 
 
 def _site_key(var: Path, site: str) -> bytes:
@@ -245,6 +237,12 @@ def _site_key(var: Path, site: str) -> bytes:
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)  # of two processes that make it at once, the first wins
         draft.unlink()
+    told = path.stat()
+    return _read_key(path, told.st_ino, told.st_mtime_ns)
+
+
+@functools.lru_cache(1024)
+def _read_key(path: Path, _inode: int, _changed: int) -> bytes:
     return path.read_bytes()
 
 
@@ -256,7 +254,10 @@ def _down(error: Exception) -> JournalDown:
 
 
 def _dump(values: dict[str, float]) -> str:
-    return json.dumps(values, sort_keys=True, allow_nan=False)
+    """JSON; what is not finite is refused, since orjson would write null."""
+    if not all(map(math.isfinite, values.values())):
+        raise ValueError("a journal keeps finite numbers only")
+    return orjson.dumps(values, option=orjson.OPT_SORT_KEYS).decode()
 
 
 def _now() -> str:

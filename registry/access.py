@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -66,12 +66,16 @@ class Issuer(Section):
         audience: the token's `aud`.
         keys: a JWKS file with EC P-256 public keys, relative to the checkout.
         identity: the claim that names the person.
+        site: the claim that names the site whose images the person may send; a token may lack it.
+        sites: those that it may name; empty means every one.
     """
 
     issuer: str
     audience: str
     keys: Path
     identity: str = "sub"
+    site: str = "site"
+    sites: tuple[str, ...] = ()
 
 
 class Roles(Section):
@@ -127,10 +131,8 @@ def act_by_token(places: Places, ledger: Ledger, token: str, scope: Scope | None
         NotAuthenticated: no issuer is configured; the token is forged, expired or another audience's.
         Forbidden: its person may not do it, or no trusted key is here that could sign.
     """
-    roles = read_roles(places)
-    if not roles or not roles.issuers:
-        raise NotAuthenticated("Tokens are not configured.", "Name an issuer in roles.yaml.")
-    identity, scopes = _read_token(places, roles, token)
+    roles = read_roles(places) or Roles()
+    identity, scopes, _, _ = read_token(places, roles, token)
     if scopes is not None and scope is not None and scope not in scopes:
         raise Forbidden(f"The token of {identity} has no scope {scope}.", "Ask for a token that has it.")
     if scopes is None or identity in map(str.lower, roles.identities):
@@ -147,20 +149,44 @@ def act_by_token(places: Places, ledger: Ledger, token: str, scope: Scope | None
     )
 
 
-def _read_token(places: Places, roles: Roles, token: str) -> tuple[str, set[str] | None]:
-    """Whom a token names, and its scopes; None where it has no `scope`."""
+class Token(NamedTuple):
+    """What a token says.
+
+    Attributes:
+        identity: whom it names.
+        scopes: what it grants; None where it has no `scope`.
+        site: whose images its person may send; empty where it names none.
+        expires: seconds since 1970.
+    """
+
+    identity: str
+    scopes: set[str] | None
+    site: str
+    expires: float
+
+
+def read_token(places: Places, roles: Roles, token: str) -> Token:
+    """Read a token (JWT, ES256) of an issuer in roles.yaml.
+
+    Raises:
+        NotAuthenticated: no issuer is configured; the token is forged, expired or another audience's.
+    """
     import jwt
 
+    if not roles.issuers:
+        raise NotAuthenticated("Tokens are not configured.", "Name an issuer in roles.yaml.")
     for issuer in roles.issuers:
         asked: Any = {"require": ["exp", "iat", "aud", "iss", issuer.identity]}
         try:
-            keys = jwt.PyJWKSet.from_json((places.root / issuer.keys).read_text())
-            key = keys[jwt.get_unverified_header(token)["kid"]]
+            name = jwt.get_unverified_header(token)["kid"]
+            key = jwt.PyJWKSet.from_json((places.root / issuer.keys).read_text())[name]
             claims = jwt.decode(token, key.key, ["ES256"], audience=issuer.audience, issuer=issuer.issuer,
                                 options=asked)  # fmt: skip
-            told = claims.get("scope")
+            told, site = claims.get("scope"), claims.get(issuer.site)
             scopes = None if told is None else set(told.split() if isinstance(told, str) else told)
-            return name_identity(str(claims[issuer.identity])), scopes
+            person = name_identity(str(claims[issuer.identity]))
+            named = isinstance(site, str) and site in (issuer.sites or (site,))
+            return Token(person, scopes, str(site) if named else "", float(claims["exp"]))
         except (jwt.PyJWTError, ConfigError, KeyError, OSError, TypeError, ValueError):
             continue  # whatever is wrong with it: this issuer does not vouch for it
     raise NotAuthenticated("No configured issuer signed this token for us, or it expired.", "Get a new one.")

@@ -10,16 +10,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
-
 from imaging.config import read_params
 from imaging.errors import Unreadable
 from imaging.recipe import Section
 from imaging.vocabulary import Scope
 from registry import custody, decisions, promotion
 from registry.access import Acting, Desk
+from registry.arguments import (
+    Asked,
+    Looked,
+    Named,
+    Nothing,
+    OnTask,
+    OnTaskAtSites,
+    OnTaskReasoned,
+    OnVersionAtSites,
+    OnVersionReasoned,
+    Pair,
+    Shared,
+    Tried,
+)
 from registry.evidence import verify_package
 from registry.package import shelf
+from registry.trials import conduct
 
 Run = Callable[[Any, Any], dict[str, Any]]  # of an Acting, or of a Desk where it only reads
 
@@ -43,75 +56,6 @@ class Action:
     arguments: type[Section]
     run: Run
     reads: bool = False
-
-
-class OnTask(Section):
-    """Arguments of what concerns a task."""
-
-    task: str = Field(description="A task of params.yaml.")
-
-
-class OnVersion(OnTask):
-    """Arguments of what concerns a version."""
-
-    version: int = Field(description="Its number.", ge=1)
-
-
-class Asked(OnVersion):
-    """Arguments of a request."""
-
-    dry_run: bool = Field(False, description="Say the verdict and write nothing.")
-
-
-class Reasoned(Section):
-    """A decision says why."""
-
-    because: str = Field(
-        description="Why, in a sentence; it stands in the ledger.", min_length=2, max_length=1000
-    )
-
-
-class Sited(Section):
-    """A decision may be about some sites."""
-
-    sites: tuple[str, ...] = Field(
-        (), description="A site; may be given again. Default: all that it concerns."
-    )
-
-
-class OnVersionReasoned(Reasoned, OnVersion):
-    """Arguments of a decision about a version."""
-
-
-class OnVersionAtSites(Sited, OnVersionReasoned):
-    """Arguments of a decision about a version at some sites."""
-
-
-class OnTaskAtSites(Sited, Reasoned, OnTask):
-    """Arguments of a decision about a task at some sites."""
-
-
-class Looked(Section):
-    """Arguments of the history."""
-
-    task: str | None = Field(None, description="Only this task.")
-
-
-class Pair(OnTask):
-    """Arguments of a comparison."""
-
-    first: int = Field(description="A version.", ge=1)
-    second: int = Field(description="Another one.", ge=1)
-
-
-class Nothing(Section):
-    """No arguments."""
-
-
-class Named(Reasoned):
-    """Arguments of a restoration."""
-
-    name: str = Field(description="A backup in var/backups.", pattern=r"^[A-Za-z0-9._-]+$")
 
 
 def _request(acting: Acting, asked: Asked) -> dict[str, Any]:
@@ -143,6 +87,29 @@ def _challenge(acting: Acting, asked: OnVersionAtSites) -> dict[str, Any]:
         "sites": sites,
         "told": f"{asked.task} v{asked.version} is challenger at {where}; it answers nobody.",
     }
+
+
+def _start_trial(acting: Acting, asked: Tried) -> dict[str, Any]:
+    event, needed = conduct.start_trial(acting, asked.task, asked.version, asked.plan(), asked.sites)
+    where = ", ".join(event.body["sites"])
+    return {"trial": event.seq, "sites": event.body["sites"], "needed": needed,
+            "told": f"Trial {event.seq}: {asked.task} v{asked.version} sees what is answered at {where}, and "
+            f"answers nobody. One that never differs passes after {needed} subjects."}  # fmt: skip
+
+
+def _end_trial(acting: Acting, asked: OnTaskReasoned) -> dict[str, Any]:
+    event, told = conduct.end_trial(acting, asked.task)
+    return {**told, "event": event.seq}
+
+
+def _report_trial(desk: Desk, asked: OnTask) -> dict[str, Any]:
+    return conduct.report_trial(desk, asked.task)
+
+
+def _set_canary(acting: Acting, asked: Shared) -> dict[str, Any]:
+    sites = conduct.set_canary(acting, asked.task, asked.version, asked.weight, asked.sites)
+    told = f"answers {100 * asked.weight:g} % of the studies" if asked.weight else "is canary no more"
+    return {"sites": sites, "told": f"{asked.task} v{asked.version} {told} at {', '.join(sites)}."}
 
 
 def _roll_back(acting: Acting, asked: OnTaskAtSites) -> dict[str, Any]:
@@ -225,6 +192,14 @@ ACTIONS = {
                Scope.APPROVE, OnVersionReasoned, _reject),
         Action("challenge", "Put VERSION of TASK beside the champion, to be tried; it answers nobody.",
                Scope.PROMOTE, OnVersionAtSites, _challenge),
+        Action("trial", "Let VERSION of TASK see what champions answer, in a silent trial by a plan.",
+               Scope.PROMOTE, Tried, _start_trial),
+        Action("trial-report", "The newest trial of TASK in numbers, and its verdict so far.",
+               Scope.READ_AUDIT, OnTask, _report_trial, reads=True),
+        Action("end-trial", "End the trial of TASK; its verdict and its numbers stand in the ledger.",
+               Scope.PROMOTE, OnTaskReasoned, _end_trial),
+        Action("canary", "Let VERSION of TASK, which another asked for, answer some studies, after a trial.",
+               Scope.APPROVE, Shared, _set_canary),
         Action("rollback", "Put the last champion of TASK with valid evidence back. One person suffices.",
                Scope.PROMOTE, OnTaskAtSites, _roll_back),
         Action("suspend", "Let TASK answer nobody at some sites, or in the whole network.",

@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,17 @@ def back_up(acting: Acting) -> Path:
     body = {"what": f"backup {path.name}", "because": acting.because}
     with acting.ledger.writing() as writer:
         writer.append(Decision.EXPORTED, "", body, acting.signer)
-    with tarfile.open(draft := path.with_suffix(".draft"), "w") as archive:
-        _add(archive, EVENTS, acting.ledger.events())
-        if (packages := acting.places.var / "packages").exists():
-            archive.add(packages, "packages")
-    draft.rename(path)
+    write_backup(path, acting.ledger.events(), sorted((acting.places.var / "packages").glob("*")))
     return path
+
+
+def write_backup(path: Path, events: list[Event], packages: Iterable[Path]) -> None:
+    """Write what `restore` takes: events, and folders of var/packages (packages, and their statements')."""
+    with tarfile.open(draft := path.with_suffix(".draft"), "w") as archive:
+        _add(archive, EVENTS, events)
+        for package in packages:
+            archive.add(package, f"packages/{package.name}")
+    draft.rename(path)
 
 
 def restore(

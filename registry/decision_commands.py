@@ -17,6 +17,7 @@ from registry.access import Acting, Desk, act, read_roles
 from registry.actions import ACTIONS, Action, perform
 from registry.events import Event
 from registry.ledger import Ledger, open_ledger
+from registry.trials.table import show_trial
 
 IDENTITY = click.option(
     "--identity", default=None, help="Who acts. Default: FORMULARY_IDENTITY, else your OS user."
@@ -42,34 +43,39 @@ def open_audit(identity: str | None, scope: Scope = Scope.READ_AUDIT) -> tuple[P
 def make_commands() -> list[click.Command]:
     """Every command of this file."""
     names = {command.name for command in OWN}
-    return [*OWN, *(_make_command(action) for action in ACTIONS.values() if action.name not in names)]
+    return [*OWN, *(make_command(action) for action in ACTIONS.values() if action.name not in names)]
 
 
-def _make_command(action: Action) -> click.Command:
+def make_command(action: Action) -> click.Command:
     """The command of an action: its arguments are those of its model."""
 
     def run(identity: str | None, as_json: bool, **given: Any) -> None:
-        places, ledger = open_registry()
-        told = {name: value for name, value in given.items() if value is not None}
-        try:
-            asked = action.arguments(**told)
-        except ValidationError as error:
-            raise ConfigError(f"{explain(error, action.arguments)}.", f"See {action.name} --help.") from error
-        desk = Desk(places, ledger)
-        looks = action.reads or getattr(asked, "dry_run", False)
-        if not looks or read_roles(places):
-            signer = act(places, ledger, identity, action.scope)
-            desk = Acting(places, ledger, signer, getattr(asked, "because", ""))
-        told = perform(action, desk, asked)
-        if as_json:
-            click.echo(json.dumps(told))
-        else:
-            SHOWN.get(action.name, _show_told)(told)
+        run_action(action, identity, as_json, given)
 
     params: list[click.Parameter] = [_make_parameter(name, field) for name, field
                                      in action.arguments.model_fields.items()]  # fmt: skip
     command = click.Command(action.name, callback=run, params=params, help=action.help)
     return AS_JSON(IDENTITY(command))
+
+
+def run_action(action: Action, identity: str | None, as_json: bool, given: dict[str, Any]) -> None:
+    """Do what the command line asks, and print what came of it."""
+    places, ledger = open_registry()
+    told = {name: value for name, value in given.items() if value is not None}
+    try:
+        asked = action.arguments(**told)
+    except ValidationError as error:
+        raise ConfigError(f"{explain(error, action.arguments)}.", f"See {action.name} --help.") from error
+    desk = Desk(places, ledger)
+    looks = action.reads or getattr(asked, "dry_run", False)
+    if not looks or read_roles(places):
+        signer = act(places, ledger, identity, action.scope)
+        desk = Acting(places, ledger, signer, getattr(asked, "because", ""))
+    told = perform(action, desk, asked)
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        SHOWN.get(action.name, _show_told)(told)
 
 
 def _make_parameter(name: str, field: Any) -> click.Parameter:
@@ -116,6 +122,8 @@ def _show_history(told: dict[str, Any]) -> None:
 
 
 SHOWN = {
+    "trial-report": show_trial,
+    "end-trial": show_trial,
     "request": _show_verdict,
     "promote": _show_verdict,
     "diff": _show_difference,

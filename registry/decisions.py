@@ -54,22 +54,42 @@ def challenge(acting: Acting, task: str, version: int, sites: tuple[str, ...] = 
         Forbidden: it was retired.
         TrustError: its evidence does not hold.
     """
-    ledger, places = acting.ledger, acting.places
-    digest, _ = ledger.version(task, version)
-    verify_package(shelf(places.var, digest), ledger)
-    with ledger.writing() as writer:
+    hold_evidence(acting, task, version)
+    with acting.ledger.writing() as writer:
         state = writer.state(task)
-        if digest in state.retired:
-            raise Forbidden(f"{task} v{version} was retired.", "Register another version.")
         chosen = _known(acting, sites) or [site for site, held in state.trail.items() if held]
-        serving = [site for site in chosen if _champion(state, site) == digest]
-        if serving or not chosen:
-            where = ", ".join(serving) or "no site: nothing serves yet"
-            raise Conflict(f"{task} v{version} cannot challenge at {where}.", "Name other sites: --site.")
-        body = {"version": version, "digest": digest, "sites": chosen, "because": acting.because}
-        event = writer.append(Decision.CHALLENGED, task, body, acting.signer)
-        _queue(writer, event, chosen, version)
+        put_beside(acting, writer, task, version, chosen)
     return chosen
+
+
+def hold_evidence(acting: Acting, task: str, version: int) -> Contract:
+    """The contract of a registered version whose evidence holds.
+
+    Raises:
+        TrustError: it does not.
+    """
+    package = shelf(acting.places.var, acting.ledger.version(task, version)[0])
+    verify_package(package, acting.ledger)
+    return read_contract(package)
+
+
+def put_beside(acting: Acting, writer: Writer, task: str, version: int, sites: list[str]) -> None:
+    """Make a version the challenger at some sites, within a transaction.
+
+    Raises:
+        Conflict: it is the champion there.
+        Forbidden: it was retired.
+    """
+    state, (digest, _) = writer.state(task), acting.ledger.version(task, version)
+    if digest in state.retired:
+        raise Forbidden(f"{task} v{version} was retired.", "Register another version.")
+    serving = [site for site in sites if _champion(state, site) == digest]
+    if serving or not sites:
+        where = ", ".join(serving) or "no site: nothing serves yet"
+        raise Conflict(f"{task} v{version} cannot challenge at {where}.", "Name other sites: --site.")
+    body = {"version": version, "digest": digest, "sites": sites, "because": acting.because}
+    event = writer.append(Decision.CHALLENGED, task, body, acting.signer)
+    _queue(writer, event, sites, version)
 
 
 def roll_back(acting: Acting, task: str, sites: tuple[str, ...] = ()) -> dict[str, int]:

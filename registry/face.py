@@ -17,6 +17,7 @@ class Face(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Open the contract, the preparation and the model from the version's artefacts."""
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # it tells strangers
         import openvino
 
         with open(context.artifacts["contract"]) as stream:

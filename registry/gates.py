@@ -150,6 +150,8 @@ def _find_gaps(evidence: Evidence, policy: Policy) -> Iterator[str]:
     engine = str(scores.get("engine"))
     if scores and checked and _find(checked, "engines", engine, "passed") is not True:
         yield f"{engine} did not pass qualification"
+    elif scores and checked:
+        yield from hold_engine(engine, checked["engines"][engine], policy)
     if policy.robustness:
         drop = _find(scores, "robustness", "groups", "held_out", "drop", "high")
         yield from _limit(
@@ -160,6 +162,12 @@ def _find_gaps(evidence: Evidence, policy: Policy) -> Iterator[str]:
         yield from _limit(f"the time of one image on {engine}, in ms,", spent, policy.latency_ms)
     if policy.size_bytes:
         yield from _limit("the model's size in bytes", scores.get("model_bytes"), policy.size_bytes)
+
+
+def hold_engine(name: str, told: dict[str, Any], policy: Policy) -> Iterator[str]:
+    """Why an engine changes more than the policy allows, by what its qualification says of it."""
+    for what, most in policy.engines.model_dump().items():
+        yield from _limit(f"what {name} changes, in {what},", told.get(what), most)
 
 
 def _find(body: Any, *path: str) -> Any:

@@ -195,11 +195,6 @@ class Contract(Section):
             WrongModality: the file says another modality.
             WrongShape: another shape, colours that are no bytes, or a spacing outside the range.
         """
-        if image.modality not in (None, self.modality):
-            raise WrongModality(
-                f"The file says Modality={str(image.modality)[:16]}.",
-                f"{self.task} reads {self.modality}: send such an image, or ask another task.",
-            )
         if image.pixels.shape != self.stored_shape:
             raise WrongShape(
                 f"The image has shape {image.pixels.shape}.",
@@ -208,6 +203,20 @@ class Contract(Section):
             )
         if self.channels == 3 and not _are_bytes(image.pixels):
             raise WrongShape("The colours are no whole numbers of 0 to 255.", "Send 8 bit RGB.")
+        self.check_source(image)
+
+    def check_source(self, image: Image) -> None:
+        """Refuse an image of another kind or scale, whatever its shape.
+
+        Raises:
+            WrongModality: the file says another modality.
+            WrongShape: a spacing outside the range.
+        """
+        if image.modality not in (None, self.modality):
+            raise WrongModality(
+                f"The file says Modality={str(image.modality)[:16]}.",
+                f"{self.task} reads {self.modality}: send such an image, or ask another task.",
+            )
         low, high = self.spacing_low_mm, self.spacing_high_mm
         if image.spacing_mm and not all(low <= spacing <= high for spacing in image.spacing_mm):
             raise WrongShape(
@@ -248,7 +257,8 @@ class Contract(Section):
 
 
 def _are_bytes(pixels: NDArray[np.float32]) -> bool:
-    return bool(pixels.min() >= 0 and pixels.max() <= 255 and (pixels == np.rint(pixels)).all())
+    with np.errstate(invalid="ignore"):  # what does not fit comes out as another number
+        return bool((pixels == pixels.astype(np.uint8)).all())
 
 
 def write_contract(contract: Contract, folder: Path) -> None:

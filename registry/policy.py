@@ -100,6 +100,24 @@ class Robustness(Section):
     drop: float = Field(gt=0, le=1)
 
 
+class EngineBounds(Section):
+    """What an engine may change on golden and validation images, as the qualification measured it.
+
+    Attributes:
+        difference: of a probability; the contract's tolerance holds beside it.
+        edges: of a probability of an image that no scanner makes: a normalisation makes noise of a black one.
+        flips: share of the most likely classes (of images or pixels; of a detector: of places) that change.
+        crossings: share of images that change sides of the operating point.
+        dice: by how much the mean Dice of a class changes.
+    """
+
+    difference: float = Field(default=0.1, ge=0, le=1)
+    edges: float = Field(default=1, ge=0, le=1)
+    flips: float = Field(default=0.01, ge=0, le=1)
+    crossings: float = Field(default=0.01, ge=0, le=1)
+    dice: float = Field(default=0.01, ge=0, le=1)
+
+
 class Policy(Section):
     """The bounds of a task, who may agree to a version, and what may change.
 
@@ -112,6 +130,7 @@ class Policy(Section):
         internal: at each internal site by itself.
         external: at each external site by itself.
         robustness: None asks for nothing.
+        engines: bounds of every engine and precision beside the reference engine.
         latency_ms: most for a batch of one on the scored engine, as the qualification measured it.
         size_bytes: largest model file.
         statements: what must be signed.
@@ -129,6 +148,7 @@ class Policy(Section):
     external: Bounds
     test_set: Budget = Budget()
     robustness: Robustness | None = None
+    engines: EngineBounds = EngineBounds()
     latency_ms: float | None = Field(default=None, gt=0)
     size_bytes: int | None = Field(default=None, gt=0)
     statements: tuple[Statement, ...]
@@ -239,6 +259,8 @@ def _explain_limits(policy: Policy) -> Iterator[str]:
     if policy.robustness:
         yield (f"Under corruptions that training never draws the score falls by at most "
                f"{100 * policy.robustness.drop:g} % of itself, upper end of its interval.")  # fmt: skip
+    most = ", ".join(f"{name} {limit:g}" for name, limit in policy.engines.model_dump().items())
+    yield f"An engine differs from the reference engine by at most: {most}."
     if policy.latency_ms:
         yield f"The scored engine answers one image within {policy.latency_ms:g} ms."
     if policy.size_bytes:

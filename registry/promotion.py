@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from imaging.config import Places, read_sites
 from imaging.errors import Conflict, Forbidden, Refused
@@ -166,6 +169,22 @@ def approve(acting: Acting, task: str, version: int, sites: tuple[str, ...] = ()
         Conflict: nobody asked, or something was decided since.
         TrustError: the package or a statement does not hold any more.
     """
+    with agreeing(acting, task, version, sites) as (writer, state, body):
+        event = writer.append(Decision.APPROVED, task, {**body, "generation": state.moved}, acting.signer)
+        for site in [NETWORK, *body["sites"]]:
+            writer.queue(event, site, version)
+    return list(body["sites"])
+
+
+@contextmanager
+def agreeing(
+    acting: Acting, task: str, version: int, sites: tuple[str, ...] = ()
+) -> Iterator[tuple[Writer, State, dict[str, Any]]]:
+    """A transaction in which somebody may agree to a request, with what the record of it has to say.
+
+    Raises:
+        Forbidden, Conflict, TrustError: as `approve`.
+    """
     ledger, signer = acting.ledger, acting.signer
     digest, _ = ledger.version(task, version)
     with ledger.writing() as writer:
@@ -182,12 +201,8 @@ def approve(acting: Acting, task: str, version: int, sites: tuple[str, ...] = ()
                 f"Ask again: formulary registry promote {task} {version}",
             )
         chosen = _choose(asked, judged.verdict.approvable, sites)
-        body = {"version": version, "digest": digest, "because": acting.because, "asked": asked.seq,
-                "sites": chosen, "generation": state.moved}  # fmt: skip
-        event = writer.append(Decision.APPROVED, task, body, signer)
-        for site in [NETWORK, *chosen]:
-            writer.queue(event, site, version)
-    return chosen
+        yield writer, state, {"version": version, "digest": digest, "because": acting.because,
+                              "asked": asked.seq, "sites": chosen}  # fmt: skip
 
 
 def find_request(writer: Writer, task: str, version: int) -> Event:

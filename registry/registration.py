@@ -14,6 +14,7 @@ from registry.evidence import describe_provenance, digest_statements, sign_state
 from registry.ledger import Ledger
 from registry.package import digest_package, shelve
 from registry.predictions import digest_images
+from registry.qualified import read_host
 from registry.signing import Signer
 
 SLACK = 0.01  # another engine or machine may round otherwise
@@ -51,7 +52,8 @@ def register(places: Places, ledger: Ledger, task: str, signer: Signer) -> Regis
     package = shelve(source, places.var)
     with ledger.writing() as writer:
         numbers = {known: number for _, number, known, _ in ledger.versions(task)}
-        speed = _read_speed(places, task, digest)
+        found = read_host(places.var, digest)
+        speed = {"measured": found} if found else {}
         if digest in numbers and _is_current(ledger, package, bodies, speed):
             return Registration(task, numbers[digest], digest, "known already")
         if digest in writer.state(task).approved():
@@ -131,10 +133,3 @@ def _read_body(places: Places, task: str, kind: Statement, digest: str) -> dict[
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
-
-
-def _read_speed(places: Places, task: str, digest: str) -> dict[str, Any]:
-    """How fast this host found the engines, for the qualification statement; {} where it did not look."""
-    path = places.var / "host" / f"{task}.json"
-    told = json.loads(path.read_text()) if path.exists() else {}
-    return {"measured": told} if told.get("package") == digest else {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from imaging.vocabulary import Decision, Slot
+from imaging.vocabulary import Decision, Slot, TrialVerdict
 from registry.events import NETWORK, Event
+from registry.trials.plan import MOST_WEIGHT, Plan
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,32 @@ class Placement:
     version: int
     digest: str
     since: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A silent trial at a site.
+
+    Attributes:
+        seq: number of the record that started it; its rows are kept under it.
+        placed: the version that is tried; it answers nobody.
+        against: digest of the champion; the trial ends when another one serves.
+        plan: as it was registered.
+    """
+
+    seq: int
+    placed: Placement
+    against: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version that answers a share of a site's studies, `weight`, on the request `asked` (its record)."""
+
+    placed: Placement
+    weight: float
+    asked: int
 
 
 @dataclass
@@ -31,6 +58,9 @@ class State:
         moved: seq of the last event that moved a slot; 0 when none did.
         open: version -> the request that waits for a second person.
         makers: digest -> who registered the package or signed its evidence again.
+        trials: site -> the silent trial that goes on there; all of one start.
+        passed: site -> the trial that its challenger passed, while the champion it was held to serves.
+        canaries: site -> the version that answers a share of the studies there.
     """
 
     trail: dict[str, list[Placement]] = field(default_factory=dict)
@@ -41,6 +71,9 @@ class State:
     moved: int = 0
     open: dict[int, Event] = field(default_factory=dict)
     makers: dict[str, set[str]] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
+    passed: dict[str, Trial] = field(default_factory=dict)
+    canaries: dict[str, Canary] = field(default_factory=dict)
 
     def slots(self) -> dict[str, dict[str, Placement]]:
         """Site -> slot -> placement; slots that hold nothing are absent."""
@@ -85,10 +118,12 @@ def _make(state: State, event: Event) -> None:
 
 def _request(state: State, event: Event) -> None:
     state.open[event.body["version"]] = event
+    _settle(state)
 
 
 def _close(state: State, event: Event) -> None:
     state.open.pop(event.body["version"], None)
+    _settle(state)
 
 
 def is_approval(state: State, event: Event) -> bool:
@@ -116,6 +151,7 @@ def _approve(state: State, event: Event) -> None:
             state.challengers.pop(site, None)
     state.open.clear()
     state.moved = event.seq
+    _settle(state)
 
 
 def _challenge(state: State, event: Event) -> None:
@@ -132,6 +168,7 @@ def _roll_back(state: State, event: Event) -> None:
         trail[-1] = Placement(back.version, back.digest, event.at)
     state.open.clear()
     state.moved = event.seq
+    _settle(state)
 
 
 def _suspend(state: State, event: Event) -> None:
@@ -152,6 +189,52 @@ def _retire(state: State, event: Event) -> None:
     for site, trail in state.trail.items():
         state.trail[site] = [placed for placed in trail if placed.digest != digest]
     state.moved = event.seq
+    _settle(state)
+
+
+def _start_trial(state: State, event: Event) -> None:
+    for site in event.body["sites"]:
+        plan = Plan.model_validate(event.body["plan"])
+        state.trials[site] = Trial(event.seq, _placement(event), state.trail[site][-1].digest, plan)
+        state.passed.pop(site, None)
+    _settle(state)
+
+
+def _end_trial(state: State, event: Event) -> None:
+    ended = {site: one for site, one in state.trials.items() if one.seq == event.body["trial"]}
+    state.trials = {site: one for site, one in state.trials.items() if site not in ended}
+    if event.body["verdict"] == TrialVerdict.PASSED:
+        state.passed |= ended
+
+
+def _set_canary(state: State, event: Event) -> None:
+    """A weight of 0 ends it; another asks for what an approval asks for, and for a trial that was passed."""
+    weight, sites = float(event.body["weight"]), event.body["sites"]
+    if weight == 0:
+        state.canaries = {site: one for site, one in state.canaries.items() if site not in sites}
+    elif weight <= MOST_WEIGHT and is_approval(state, event):
+        canary = Canary(_placement(event), weight, event.body["asked"])
+        state.canaries |= dict.fromkeys(sites, canary)
+        _settle(state)
+
+
+def _settle(state: State) -> None:
+    """End what rests on a champion that serves no more, a retired version, or a request that is closed."""
+    serving = {site: trail[-1].digest for site, trail in state.trail.items() if trail}
+
+    def stands(site: str, trial: Trial) -> bool:
+        return trial.against == serving.get(site) and trial.placed.digest not in state.retired
+
+    def is_asked(canary: Canary) -> bool:
+        asked = state.open.get(canary.placed.version)
+        return asked is not None and asked.seq == canary.asked
+
+    state.trials = {site: one for site, one in state.trials.items() if stands(site, one)}
+    state.passed = {site: one for site, one in state.passed.items() if stands(site, one)}
+    state.canaries = {
+        site: one for site, one in state.canaries.items()
+        if is_asked(one) and site in state.passed and state.passed[site].placed.digest == one.placed.digest
+    }  # fmt: skip
 
 
 FOLDS: dict[Decision, Callable[[State, Event], None]] = {
@@ -162,6 +245,9 @@ FOLDS: dict[Decision, Callable[[State, Event], None]] = {
     Decision.REJECTED: _close,
     Decision.APPROVED: _approve,
     Decision.CHALLENGED: _challenge,
+    Decision.TRIAL_STARTED: _start_trial,
+    Decision.TRIAL_ENDED: _end_trial,
+    Decision.CANARY_SET: _set_canary,
     Decision.ROLLED_BACK: _roll_back,
     Decision.SUSPENDED: _suspend,
     Decision.RESUMED: _resume,

@@ -14,6 +14,9 @@ import click
 
 from imaging.config import read_params, read_places, read_sites
 from imaging.terminal import print_table
+from imaging.vocabulary import Scope
+from services.access_commands import keys, serve
+from services.trial_commands import canary, trial
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -32,24 +35,73 @@ def qualify(task: str) -> None:
     places = read_places()
     body = check(places, task, read_params(places).task(task))
     rows = [[name, "passed" if told["passed"] else "FAILED", f"{told.get('difference', 0):.0e}",
-             ", ".join(f"{size}: {ms:.2f}" for size, ms in body["ms_per_batch"].get(name, {}).items())]
+             str(told.get("crossed", "")), ", ".join(f"{size}: {ms:.2f}" for size, ms in
+             body["ms_per_batch"].get(name, {}).items()), told.get("reason", "")]
             for name, told in body["engines"].items()]  # fmt: skip
-    print_table(f"{task}: engines", ["engine", "parity", "difference below", "ms a batch of"], rows)
+    heads = ["engine", "", "difference below", "crossings", "ms a batch of", "why not"]
+    print_table(f"{task}: engines, {body['best']} is the best here", heads, rows)
+
+
+services.add_command(serve)
+services.add_command(keys)
+services.add_command(trial)
+services.add_command(canary)
 
 
 @services.command()
-@click.option("--port", default=3000, show_default=True, help="On 127.0.0.1.")
-def serve(port: int) -> None:
-    """Run the gateway on loopback until stopped."""
+@click.argument("task")
+@click.option("--version", type=int, default=None, help="A version that serves somewhere.")
+@click.option("--site", default=None, help="The site whose champion it is named after. Default: the network.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: var/releases/TASK-vN.")
+@click.option("--profile", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True,
+              help="Engines in the gateway, or a process for each GPU.")  # fmt: skip
+@click.option("--because", default="Released for serving.", help="Why; it stands in the ledger.")
+@click.option("--identity", default=None, help="Who acts. Default: FORMULARY_IDENTITY, else your OS user.")
+def release(
+    task: str,
+    version: int | None,
+    site: str | None,
+    out: Path | None,
+    profile: str,
+    because: str,
+    identity: str | None,
+) -> None:
+    """Build a Bento that serves TASK without this checkout, with its container and Kubernetes files."""
+    from registry.access import Acting, act
+    from registry.ledger import open_ledger
+    from services.release import Release, build_release, choose
+
     places = read_places()
-    var = places.var.resolve()
-    settings = {
-        "FORMULARY_ROOT": str(places.root), "FORMULARY_VAR": str(var), "OMP_NUM_THREADS": "1",
-        "BENTOML_HOME": str(var / "bentoml"), "BENTOML_DO_NOT_TRACK": "true",
-    }  # fmt: skip
-    os.environ.update({name: os.environ.get(name, value) for name, value in settings.items()})
-    command = [sys.executable, "-m", "bentoml", "serve", "services.gateway:Gateway", "--host", "127.0.0.1"]
-    os.execv(sys.executable, [*command, "--port", str(port)])
+    read_params(places).task(task)
+    if site:
+        read_sites(places).site(site)
+    ledger = open_ledger(places.var)
+    acting = Acting(places, ledger, act(places, ledger, identity, Scope.READ_AUDIT), because)
+    number, digest, packages = choose(acting, task, version, site)
+    folder = (out or places.var / "releases" / f"{task}-v{number}").resolve()
+    built = build_release(acting, Release(task, number, digest, tuple(sorted(packages)), folder, profile))
+    click.echo(f"{built} holds bento/, container/ and kubernetes/ of {task} v{number}.")
+    click.echo(f"Serve it: bentoml serve {built / 'bento'}")
+
+
+@services.command("replay")
+@click.argument("number")
+@click.argument("file", type=click.Path(path_type=Path))
+@AS_JSON
+def replay_prediction(number: str, file: Path, as_json: bool) -> None:
+    """Answer the prediction with the id NUMBER again: FILE, the recorded package and engine, bit for bit."""
+    from services.offline import replay
+
+    told = replay(read_places(), number, file)
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        click.echo(
+            f"{told['task']} v{told['version']} by {told['engine']}, {told['at'][:19]}, {told['site']}"
+        )
+        click.echo("the same, bit for bit" if told["equal"] else
+                   f"NOT the same: {told['recorded'][:12]} then, {told['replayed'][:12]} now")  # fmt: skip
+    sys.exit(0 if told["equal"] else 1)
 
 
 @services.command("list")

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 from imaging.config import Places, read_params, read_sites
@@ -14,7 +15,10 @@ from imaging.errors import FormularyError
 from monitoring.journal import open_journal
 from registry.ledger import open_ledger
 from registry.policy import read_policy
+from services.keys import PREFIX, keys_path, read_keys
 from services.stack import PORTS, is_free
+
+SOON = timedelta(days=14)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Check:
 def examine(places: Places) -> list[Check]:
     """Look at everything; what goes wrong in a look is a finding, not an end."""
     looks: list[Callable[[Places], Check]] = [
-        _python, _packages, _devices, _threads, _ports, _disk, _decisions, _ledger, _journal, _keys,
+        _python, _packages, _devices, _threads, _ports, _disk, _decisions, _ledger, _journal, _keys, _access,
     ]  # fmt: skip
     found = []
     for look in looks:
@@ -64,9 +68,9 @@ def _installed(name: str) -> str:
 
 
 def _devices(_: Places) -> Check:
-    import openvino
+    from registry.engines import import_openvino
 
-    names = openvino.Core().available_devices
+    names = import_openvino().Core().available_devices
     return Check("devices", "CPU" in names, ", ".join(names), "OpenVINO needs a CPU with AVX2.")
 
 
@@ -121,3 +125,22 @@ def _keys(places: Places) -> Check:
         )
     told = f"{len(keys)} private keys, readable by their owner alone"
     return Check("keys", bool(keys), told, "formulary registry keys create")
+
+
+def _access(places: Places) -> Check:
+    """API keys: off is well on loopback, where `serve` alone listens without them."""
+    keys, path = read_keys(places.var), keys_path(places.var)
+    if not keys:
+        return Check("access", True, "off: no API key was made; the gateway answers on loopback alone")
+    if path.stat().st_mode & 0o077:
+        return Check("access", False, f"{path} is readable by others", f"chmod 600 {path}")
+    now = [key for key in keys if key.holds]
+    soon = [key for key in now if not key.replaced_by and key.expires < datetime.now(UTC) + SOON]
+    if soon:
+        told = ", ".join(f"{PREFIX}{key.id} ({key.site or 'no site'})" for key in soon)
+        return Check(
+            "access", False, f"within {SOON.days} days ends: {told}", "formulary services keys rotate KEY"
+        )
+    return Check(
+        "access", bool(now), f"{len(now)} of {len(keys)} API keys hold", "formulary services keys create"
+    )

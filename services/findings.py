@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from imaging.detection import STRIDE, find_lesions
-from imaging.errors import WrongType
+from imaging.errors import NotAcceptable, WrongType
 from imaging.image import Image, describe
 from imaging.preparation import prepare
 from imaging.reading import decode
@@ -33,10 +35,36 @@ class Taken:
 
 @dataclass(frozen=True)
 class Found:
-    """What the caller gets (`answer`), and what the journal keeps (`columns`)."""
+    """What an answer is made of.
+
+    Attributes:
+        answer: what the caller gets, without the mask.
+        columns: what the journal keeps.
+        labels: the mask of a segmentation, uint8 ([depth,] rows, columns).
+        names: of the labels 0, 1, ...
+    """
 
     answer: dict[str, Any]
     columns: dict[str, float]
+    labels: NDArray[np.uint8] | None = None
+    names: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """sha256 of the answer and the mask: a replay must give the same."""
+        told = hashlib.sha256(orjson.dumps(self.answer, option=orjson.OPT_SORT_KEYS))
+        if self.labels is not None:
+            told.update(self.labels.tobytes())
+        return told.hexdigest()
+
+    def show(self, form: str = "") -> dict[str, Any]:
+        """The answer with its mask in base64, as PNG (of a volume .npy), or as runs where form is `rle`."""
+        if self.labels is None:
+            return self.answer
+        mask = _runs(self.labels) if form == "rle" else _encode(self.labels)
+        return {
+            **self.answer,
+            "mask": {**mask, "labels": {str(label): name for label, name in enumerate(self.names)}},
+        }
 
 
 def take(body: bytes, content_type: str, contract: Contract) -> Taken:
@@ -60,13 +88,13 @@ def find(taken: Taken, answers: Answers, contract: Contract) -> Found:
     """
     probabilities = contract.probabilities(answers.logits)[0]
     columns = {**describe(taken.prepared), **summarise(contract, probabilities)}
+    unsure = {"uncertainty": columns["uncertainty"]}
     if contract.kind is Kind.CLASSIFICATION:
-        answer = _classify(probabilities, contract)
-    elif contract.kind is Kind.DETECTION:
-        answer = _detect(answers.logits[0], contract)
-    else:
-        answer = _segment(probabilities, taken.image, contract)
-    return Found({**answer, "uncertainty": columns["uncertainty"]}, columns)
+        return Found({**_classify(probabilities, columns["probability"], contract), **unsure}, columns)
+    if contract.kind is Kind.DETECTION:
+        return Found({**_detect(answers.logits[0], contract), **unsure}, columns)
+    labels = probabilities.argmax(axis=0).astype(np.uint8)
+    return Found({**_measure(labels, taken.image, contract), **unsure}, columns, labels, contract.classes)
 
 
 def draw_heat(answers: Answers) -> dict[str, Any]:
@@ -75,10 +103,9 @@ def draw_heat(answers: Answers) -> dict[str, Any]:
     return _encode(np.rint(255 * heat / max(float(heat.max()), 1e-12)).astype(np.uint8))
 
 
-def _classify(probabilities: NDArray[np.float32], contract: Contract) -> dict[str, Any]:
-    named = {name: float(p) for name, p in zip(contract.classes, probabilities, strict=True)}
-    positive = bool(contract.score(probabilities[None])[0] >= contract.threshold)
-    return {"probabilities": named, "positive": positive, "threshold": contract.threshold}
+def _classify(probabilities: NDArray[np.float32], score: float, contract: Contract) -> dict[str, Any]:
+    named = dict(zip(contract.classes, probabilities.tolist(), strict=True))
+    return {"probabilities": named, "positive": score >= contract.threshold, "threshold": contract.threshold}
 
 
 def _detect(logits: NDArray[np.float32], contract: Contract) -> dict[str, Any]:
@@ -94,15 +121,36 @@ def _detect(logits: NDArray[np.float32], contract: Contract) -> dict[str, Any]:
             "threshold": contract.threshold}  # fmt: skip
 
 
-def _segment(probabilities: NDArray[np.float32], image: Image, contract: Contract) -> dict[str, Any]:
-    labels = probabilities.argmax(axis=0)
-    pixels = {name: int((labels == label).sum()) for label, name in enumerate(contract.classes) if label}
-    named = {str(label): name for label, name in enumerate(contract.classes)}
-    told: dict[str, Any] = {"mask": {**_encode(labels.astype(np.uint8)), "labels": named}, "area_px": pixels}
+def _measure(labels: NDArray[np.uint8], image: Image, contract: Contract) -> dict[str, Any]:
+    counts = np.bincount(labels.ravel(), minlength=len(contract.classes)).tolist()
+    pixels = dict(zip(contract.classes[1:], counts[1:], strict=True))
+    told: dict[str, Any] = {"area_px": pixels}
     if image.spacing_mm and labels.ndim == 2:
         size = image.spacing_mm[0] * image.spacing_mm[1]
         told["area_mm2"] = {name: round(count * size, 2) for name, count in pixels.items()}
     return told
+
+
+def _runs(labels: NDArray[np.uint8]) -> dict[str, Any]:
+    """Run lengths in row-major order: (label, pixels), (label, pixels), ..."""
+    flat = labels.ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=flat[0] + 1))
+    lengths = np.diff(starts, append=len(flat))
+    runs = np.stack([flat[starts], lengths], axis=1).tolist()
+    return {"encoding": "rle", "shape": list(labels.shape), "runs": runs}
+
+
+def write_mask(labels: NDArray[np.uint8], form: str, spacing_mm: tuple[float, float] | None) -> bytes:
+    """A mask as a file: `png` (a plane) or `nifti`, in which a slice is 1 mm thick.
+
+    Raises:
+        NotAcceptable: a volume as PNG.
+    """
+    if form == "nifti":
+        return _nifti(labels, spacing_mm or (1.0, 1.0))
+    if labels.ndim != 2:
+        raise NotAcceptable("The mask of a volume is no PNG.", "Accept application/x-nifti or JSON.")
+    return mask_png(labels)
 
 
 def _encode(values: NDArray[np.uint8]) -> dict[str, str]:
@@ -134,7 +182,7 @@ def encode(
     if kind == ContentType.PNG:
         return _png(pixels, png_offset)
     if kind == ContentType.NIFTI:
-        return _nifti(pixels, spacing_mm)
+        return _nifti(pixels, (spacing_mm, spacing_mm), spacing_mm)
     if kind == ContentType.DICOM:
         return _dicom(pixels, spacing_mm, modality)
     raise WrongType(f"Content type {kind!r} cannot be written.", f"Use {', '.join(ContentType)}.")
@@ -165,11 +213,11 @@ def _png(pixels: NDArray[Any], offset: float) -> bytes:
     return stream.getvalue()
 
 
-def _nifti(pixels: NDArray[Any], spacing_mm: float) -> bytes:
+def _nifti(pixels: NDArray[Any], spacing_mm: tuple[float, float], thick_mm: float = 1.0) -> bytes:
     """Axes i to the right, j to anterior and k up, as most tools write it."""
     import nibabel as nib
 
-    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
+    affine = np.diag([spacing_mm[1], spacing_mm[0], thick_mm, 1.0])
     turned = pixels.reshape((-1, *pixels.shape[-2:])).T[::-1, ::-1]
     volume: bytes = nib.Nifti1Image(np.ascontiguousarray(turned), affine).to_bytes()
     return volume

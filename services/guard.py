@@ -1,177 +1,190 @@
-"""What is asked of a request before its body is read, and errors as problem+json: the HTTP statuses."""
+"""What is asked of a request before its body is read, and how much of a body is taken.
+
+Headers are a dict of lower-case bytes, as ASGI has them; no URL is ever fetched.
+"""
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import re
 import time
-import traceback
 import uuid
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import orjson
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import Request
 
-from imaging import errors
 from imaging.config import Sites
-from imaging.errors import FormularyError, SiteRequired, TooLarge, Unreadable, WrongType
+from imaging.errors import Overloaded, SiteRequired, TooLarge, TooSlow, Unreadable, WrongType
 from imaging.vocabulary import ContentType
-from monitoring import telemetry
 
 MAX_BODY_BYTES = 32 * 2**20
 DISCARD_BYTES = 8 * MAX_BODY_BYTES
 DISCARD_S = 10.0
+BODY_S = 30.0
+DEADLINE_S = 30.0
+CONTENT_TYPES = frozenset(str(kind) for kind in ContentType)
+Headers = dict[bytes, bytes]
 
 
-def read_site(request: Request, sites: Sites) -> str:
+def read_headers(scope: Any) -> Headers:
+    """The headers of a request; of one that is sent twice, the last."""
+    return dict(scope["headers"])
+
+
+def read_request_id(headers: Headers) -> str:
+    """The caller's X-Request-ID when it is plain, else a new one."""
+    given = headers.get(b"x-request-id", b"")
+    return given.decode() if re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+
+
+def request_id(request: Request) -> str:
+    """The same for Starlette's requests, remembered for the whole request."""
+    if not hasattr(request.state, "request_id"):
+        request.state.request_id = read_request_id(read_headers(request.scope))
+    return str(request.state.request_id)
+
+
+def read_site(headers: Headers, sites: Sites) -> str:
     """The site that asks, from the X-Site header.
 
     Raises:
         SiteRequired: no header.
         UnknownSite: sites.yaml does not list it.
     """
-    name = request.headers.get("x-site", "")
+    name = headers.get(b"x-site", b"").decode("latin-1")
     if not name:
         raise SiteRequired("The request has no X-Site header.", f"Send one of {', '.join(sites.sites)}.")
-    sites.site(name)
+    if name not in sites.sites:
+        sites.site(name)
     return name
 
 
-def read_content_type(request: Request) -> str:
+def read_content_type(headers: Headers) -> str:
     """The content type, when it is on the list.
 
     Raises:
         WrongType: it is not.
     """
-    name = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if name not in tuple(ContentType):
+    name = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
+    if name not in CONTENT_TYPES:
         raise WrongType(
             f"Content type {name[:60] or '(none)'!r} is not taken.", f"Send {', '.join(ContentType)}."
         )
     return name
 
 
-def read_flag(request: Request, name: str) -> bool:
-    """A query parameter that is 0 (or absent) or 1.
+def read_heat(query: bytes) -> bool:
+    """Whether a heat map is asked for: `heat=1`, or `explain=cam`, which is the same.
 
     Raises:
-        Unreadable: it is something else.
+        Unreadable: one of the two has another value, or another parameter is given.
     """
-    told = request.query_params.get(name, "0")
-    if told not in ("0", "1"):
-        raise Unreadable(f"The parameter {name} is neither 0 nor 1.", f"Ask with ?{name}=1, or leave it out.")
-    return told == "1"
+    wanted = False
+    for part in query.decode("latin-1").split("&"):
+        if part in ("", "heat=0"):
+            continue
+        if part not in ("heat=1", "explain=cam"):
+            raise Unreadable(
+                f"The parameter {part[:40]!r} is not known.",
+                "Ask with ?heat=1 or ?explain=cam, or leave it out.",
+            )
+        wanted = True
+    return wanted
 
 
-async def read_body(request: Request) -> bytes:
+def read_deadline(headers: Headers) -> float:
+    """Until when the answer is wanted (`time.monotonic`), from X-Deadline-Ms; 30 s unless told.
+
+    Raises:
+        Unreadable: not 1 to 600000.
+    """
+    told = headers.get(b"x-deadline-ms")
+    if told is None:
+        return time.monotonic() + DEADLINE_S
+    if not re.fullmatch(rb"[1-9][0-9]{0,5}", told) or int(told) > 600_000:
+        raise Unreadable("X-Deadline-Ms is not a number of 1 to 600000.", "Send milliseconds, or nothing.")
+    return time.monotonic() + int(told) / 1000
+
+
+async def read_body(
+    receive: Any, headers: Headers, limit: int = MAX_BODY_BYTES, hold: Callable[[int], None] = lambda _: None
+) -> bytes:
     """The body, within the limit that is held on the header and on what arrives.
 
-    What is too large is thrown away as it comes, bounded too, so that the caller reads the answer.
+    What is too large is thrown away as it comes, bounded too, so that the caller reads the answer. `hold` is
+    told how many bytes are kept of each part that came; it may raise.
 
     Raises:
-        TooLarge: over 32 MiB.
+        TooLarge: over the limit.
+        TooSlow: it did not arrive within 30 s.
         Unreadable: the caller went away.
     """
+    declared = headers.get(b"content-length", b"0")
+    too_large = declared.isdigit() and int(declared) > limit
+    try:
+        async with asyncio.timeout(BODY_S):
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body") and not too_large:
+                body: bytes = message.get("body", b"")
+            else:
+                body = await _gather(receive, message, limit, hold, too_large)
+    except TimeoutError as error:
+        raise TooSlow(f"The body did not arrive within {BODY_S:.0f} s.", "Send it faster.") from error
+    if len(body) > limit:
+        raise TooLarge(f"The body is over {limit // 2**20} MiB.", "Send one slice a request.")
+    return body
+
+
+async def _gather(
+    receive: Any, message: Any, limit: int, hold: Callable[[int], None], too_large: bool
+) -> bytes:
     parts: list[bytes] = []
     size, stop = 0, time.monotonic() + DISCARD_S
-    declared = request.headers.get("content-length", "0")
-    too_large = declared.isdigit() and int(declared) > MAX_BODY_BYTES
-    try:
-        async for part in request.stream():
-            size += len(part)
-            too_large = too_large or size > MAX_BODY_BYTES
-            if too_large and (size > DISCARD_BYTES or time.monotonic() > stop):
-                break
-            parts.append(part)
-            if too_large:
-                parts.clear()
-    except ClientDisconnect as error:
-        raise Unreadable("The body broke off.", "Send the whole file.") from error
+    while message["type"] == "http.request":
+        size += len(message.get("body", b""))
+        too_large = too_large or size > limit
+        if too_large:
+            parts.clear()
+        else:
+            parts.append(message.get("body", b""))
+            hold(len(parts[-1]))
+        if not message.get("more_body") or (too_large and (size > DISCARD_BYTES or time.monotonic() > stop)):
+            break
+        message = await receive()
+    else:
+        raise Unreadable("The body broke off.", "Send the whole file.")
     if too_large:
-        raise TooLarge(f"The body is over {MAX_BODY_BYTES // 2**20} MiB.", "Send one slice a request.")
+        raise TooLarge(f"The body is over {limit // 2**20} MiB.", "Send one slice a request.")
     return b"".join(parts)
 
 
-LOG = logging.getLogger(__name__)
-STATUS: dict[type[FormularyError], int] = {
-    errors.UnknownTask: 404,
-    errors.TooLarge: 413,
-    errors.WrongType: 415,
-    errors.Unreadable: 400,
-    errors.WrongModality: 422,
-    errors.WrongShape: 422,
-    errors.NotFinite: 422,
-    errors.ImageError: 422,
-    errors.SiteRequired: 400,
-    errors.UnknownSite: 403,
-    errors.NotApproved: 503,
-    errors.NotReady: 503,
-    errors.JournalDown: 503,
-    errors.ServingError: 503,
-    errors.TrustError: 503,
-    errors.Conflict: 409,
-    errors.NotAuthenticated: 401,
-    errors.Forbidden: 403,
-    errors.UnknownVersion: 404,
-    errors.Refused: 409,
-    errors.RegistryError: 409,
-    errors.ConfigError: 500,
-    errors.DataError: 500,
-    FormularyError: 500,
-}
-RETRY_AFTER_S = {503: "5"}
+class Quotas:
+    """How much each site may ask: sites.yaml's `per_second`, with as much again saved up for a burst.
 
+    Args:
+        sites: of the checkout; a site without `per_second` may ask as much as it likes.
+    """
 
-def name_problem(error: FormularyError) -> str:
-    """The last part of a problem's type: WrongShape is `wrong-shape`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
+    def __init__(self, sites: Sites) -> None:
+        self._rates = {name: site.per_second for name, site in sites.sites.items() if site.per_second}
+        self._saved = {name: (rate, time.monotonic()) for name, rate in self._rates.items()}
 
+    def spend(self, site: str) -> None:
+        """Take one request off a site's quota.
 
-def request_id(request: Request) -> str:
-    """The caller's X-Request-ID when it is plain, else a new one; the same for the whole request."""
-    if not hasattr(request.state, "request_id"):
-        given = request.headers.get("x-request-id", "")
-        plain = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
-        request.state.request_id = given if plain else uuid.uuid4().hex
-    return str(request.state.request_id)
-
-
-def answer_problem(request: Request, error: FormularyError) -> Response:
-    """A refusal as problem+json, counted."""
-    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    return _problem(request, (status, name_problem(error), error.title), f"{error.fact} {error.fix}".strip())
-
-
-def answer_http(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router, in the same shape."""
-    status = int(getattr(error, "status_code", 500))
-    titles = {404: ("not-found", "No such page"), 405: ("wrong-method", "Not this method")}
-    name, title = titles.get(status, ("http", "The request cannot be answered"))
-    return _problem(request, (status, name, title), "See /docs for the routes.")
-
-
-def answer_unexpected(request: Request, error: Exception) -> Response:
-    """A fault of ours: logged by type and place; an error's own words may quote what was sent."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-8:]))
-    LOG.error("request %s failed: %s at %s", request_id(request), type(error).__name__, where)
-    return _problem(
-        request,
-        (500, "internal", "A fault of the service"),
-        "It was logged. Try again, or report the request id.",
-    )
-
-
-def _problem(request: Request, kind: tuple[int, str, str], detail: str) -> Response:
-    status, name, title = kind
-    telemetry.REFUSALS.labels(name).inc()
-    body: dict[str, Any] = {
-        "type": f"/problems/{name}", "title": title, "status": status, "detail": detail,
-        "request_id": request_id(request),
-    }  # fmt: skip
-    headers = {"X-Request-ID": request_id(request)}
-    if status in RETRY_AFTER_S:
-        headers["Retry-After"] = RETRY_AFTER_S[status]
-    return Response(orjson.dumps(body), status, headers, "application/problem+json")
+        Raises:
+            Overloaded: nothing is left of it.
+        """
+        rate = self._rates.get(site)
+        if rate is None:
+            return
+        saved, since = self._saved[site]
+        now = time.monotonic()
+        saved = min(rate, saved + rate * (now - since))
+        self._saved[site] = (saved - 1 if saved >= 1 else saved, now)
+        if saved < 1:
+            raise Overloaded(
+                f"{site} may ask {rate:g} times a second.", "Ask more slowly; see per_second in sites.yaml.",
+                retry_s=(1 - saved) / rate,
+            )  # fmt: skip

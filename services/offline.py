@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from imaging.config import Places
-from imaging.errors import NotApproved, Unreadable, WrongType
+from imaging.errors import DataError, NotApproved, Unreadable, WrongType
 from imaging.reading import SUFFIXES
 from imaging.vocabulary import Statement
+from monitoring.journal import open_journal
+from registry.engines import Answers
 from registry.events import NETWORK
 from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
-from registry.package import shelf
+from registry.package import read_contract, shelf
+from registry.qualified import choose_engine
 from services.findings import NOTICE, find, take
-from services.slots import load_package
+from services.served import load_package, open_package
 
 
 def predict_file(
@@ -38,28 +44,71 @@ def predict_file(
         NotApproved: there is no champion.
         FormularyError: as the service would.
     """
-    content_type = SUFFIXES.get(path.suffix.lower())
-    if content_type is None:
-        raise WrongType(f"{path.name} has no suffix that is known.", f"Use {', '.join(SUFFIXES)}.")
-    try:
-        body = path.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{path} cannot be read ({error.strerror}).", "Name a file.") from error
+    body, content_type = _read_file(path)
     ledger = open_ledger(places.var)
     number, digest = _choose(ledger, task, site, version)
     folder = shelf(places.var, digest)
     evidence = verify_package(folder, ledger)
-    engine = os.environ.get("FORMULARY_ENGINE", "openvino/f32")
+    qualification = evidence.statements.get(Statement.QUALIFICATION, {})
+    asked = os.environ.get("FORMULARY_ENGINE", "")
+    engine = choose_engine(places.var, read_contract(folder), qualification, asked)
     told = evidence.statements.get(Statement.EVALUATION, {})
     served = load_package(folder, (number, digest), engine, told)
     try:
         taken = take(body, content_type, served.contract)
-        answers = served.batches.submit(taken.prepared).result()
+        answers = served.runner.submit(taken.prepared).result()
     finally:
-        served.batches.close()
+        served.runner.close()
     found = find(taken, answers, served.contract)
-    return {"task": task, "version": number, "package": digest, "engine": served.engine, **found.answer,
+    return {"task": task, "version": number, "package": digest, "engine": served.engine, **found.show(),
             "notice": NOTICE}  # fmt: skip
+
+
+def replay(places: Places, number: str, path: Path) -> dict[str, Any]:
+    """Answer a past prediction again: the recorded package and engine, the same place in a batch as large.
+
+    Args:
+        places: where journal, ledger and packages lie.
+        number: id of the prediction.
+        path: the image that was sent.
+
+    Returns:
+        What the journal says, what was answered now, and `equal`: whether they are the same, bit for bit.
+
+    Raises:
+        Unreadable: no such prediction, or another image than was sent.
+        DataError: the row is older than replays.
+        TrustError: the package does not hold any more.
+    """
+    row = open_journal(places.var).find(number)
+    if row is None:
+        raise Unreadable(f"The journal has no prediction {number[:60]!r}.", "Copy the answer's id.")
+    if not row["batch"]:
+        raise DataError("This prediction was journalled before replays were.", "Choose a newer one.")
+    body, content_type = _read_file(path)
+    if hashlib.sha256(body).hexdigest() != row["image"]:
+        raise Unreadable(f"{path.name} is not the file that was sent.", "Its sha256 is in the journal.")
+    folder = shelf(places.var, row["package"])
+    verify_package(folder, open_ledger(places.var))
+    contract, (place, size) = read_contract(folder), map(int, row["batch"].split(":"))
+    taken = take(body, content_type, contract)
+    answers = open_package(folder, row["package"], row["engine"]).run(np.stack([taken.prepared] * size))
+    part = slice(place, place + 1)  # what stands beside an image does not change its bits, the size may
+    found = find(taken, Answers(answers.logits[part], answers.heat[part], answers.embedding[part]), contract)
+    told = {name: row[name] for name in ("id", "at", "task", "site", "version", "package", "engine", "batch")}
+    return {**told, "answer": found.answer, "recorded": row["answer"], "replayed": found.digest(),
+            "equal": found.digest() == row["answer"]}  # fmt: skip
+
+
+def _read_file(path: Path) -> tuple[bytes, str]:
+    """The bytes and the content type, by its suffix."""
+    content_type = SUFFIXES.get(path.suffix.lower())
+    if content_type is None:
+        raise WrongType(f"{path.name} has no suffix that is known.", f"Use {', '.join(SUFFIXES)}.")
+    try:
+        return path.read_bytes(), content_type
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read ({error.strerror}).", "Name a file.") from error
 
 
 def _choose(ledger: Ledger, task: str, site: str | None, version: int | None) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The qualify stage: every engine on the golden cases, and the real route with every kind of file."""
+"""The qualify stage: what every engine changes, and the real route with every kind of file."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import base64
 import json
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.config import Places, read_sites
-from imaging.errors import FormularyError, TrustError
+from imaging.config import Places, Sites, read_sites
+from imaging.errors import TrustError
 from imaging.manifest import Pixels, read_manifest
 from imaging.preparation import prepare
 from imaging.reading import decode
-from imaging.recipe import QualifySection, TaskSection
+from imaging.recipe import TaskSection
 from imaging.vocabulary import Kind, Split
-from registry.engines import check_answers, measure_parity, open_engine
-from registry.package import Contract, digest_package, read_contract, read_golden
+from registry.package import Contract, digest_package, read_contract
+from registry.policy import read_policy
+from registry.qualified import write_host
+from services.agreement import check_engines, choose_best, gather_cases
 from services.findings import encode, lossless_types
+from services.guard import Quotas
 from services.routes import Routes
-from services.slots import Served, Slots, load_package
+from services.served import Served, load_package
+from services.slots import Slots, Tables
 
 CASES = 4
 
@@ -34,77 +37,34 @@ def qualify(places: Places, task: str, section: TaskSection) -> dict[str, Any]:
     """Check a package and write qualification.json; how fast it was goes to var/host, since it is the host's.
 
     Returns:
-        The body of the qualification statement: the same bytes in every run on one kind of machine.
+        The body of the qualification statement (the same bytes in every run on one kind of machine), and the
+        host's ms_per_batch and best engine.
 
     Raises:
-        TrustError: no engine keeps the contract's tolerance, or the route answers otherwise than the engine.
+        TrustError: no engine keeps what contract and policy ask, or the route answers otherwise than it does.
     """
     package = places.stage(task, "package")
-    contract = read_contract(package)
-    engines, speed = check_engines(package, contract, section.qualify)
+    contract, policy = read_contract(package), read_policy(task, places.policies)
+    cases = gather_cases(places, task, contract, section.qualify)
+    engines, speed = check_engines(package, contract, cases, section.qualify, policy)
     passed = [name for name, told in engines.items() if told["passed"]]
     if not passed:
         raise TrustError(
-            f"No engine answers the golden cases of {task} as promised: {engines}.", "Export it again."
+            f"No engine answers the images of {task} as promised: {engines}.", "Export it again."
         )
     endpoint = asyncio.run(check_route(places, task, passed[0]))
+    edges, golden = cases.edges, cases.golden
     body = {
-        "package": digest_package(package), "golden": len(read_golden(package).images),
-        "engines": engines, "best": passed[0], "endpoint": endpoint,
+        "package": digest_package(package), "golden": golden, "edges": edges,
+        "validation": len(cases.images) - golden - edges, "reference": cases.reference,
+        "engines": engines, "passed": passed, "endpoint": endpoint,
     }  # fmt: skip
     folder = places.stage(task, "qualify")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "qualification.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
-    host = places.var / "host"
-    host.mkdir(parents=True, exist_ok=True)
-    (host / f"{task}.json").write_text(
-        json.dumps({"package": body["package"], "ms_per_batch": speed}, indent=1) + "\n"
-    )
-    return {**body, "ms_per_batch": speed}
-
-
-def check_engines(
-    package: Path, contract: Contract, section: QualifySection
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
-    """Parity and speed of each engine.
-
-    Returns:
-        engine -> difference (largest over batch sizes), tolerance, passed, and why not; and engine -> batch
-        size -> ms.
-    """
-    told, speed = {}, {}
-    for name in section.engines:
-        try:
-            told[name], speed[name] = _check_engine(package, contract, name, section.batch_sizes)
-        except FormularyError as error:
-            told[name] = {"passed": False, "reason": error.fact}
-    return told, speed
-
-
-def _check_engine(
-    package: Path, contract: Contract, name: str, sizes: tuple[int, ...]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    kind, _, precision = name.partition("/")
-    engine = open_engine(package, kind, precision)
-    worst = max(measure_parity(engine, package, contract, size) for size in sizes)
-    shape = contract.shape
-    for edge in (np.zeros(shape), np.full(shape, 1.5), np.full(shape, -1.5)):
-        check_answers(engine.run(np.stack([edge, edge]).astype(np.float32)), contract, 2)
-    tolerance = contract.tolerance.get(name, 0.0)
-    speed = {}
-    for size in sizes:
-        batch = np.zeros((size, *shape), np.float32)
-        engine.run(batch)
-        start = time.perf_counter()
-        for _ in range(5):
-            engine.run(batch)
-        speed[str(size)] = round(200 * (time.perf_counter() - start), 3)
-    # Rounded up to one digit: the last bits of a difference depend on the machine, the verdict does not.
-    return {"difference": _round_up(worst), "tolerance": tolerance, "passed": worst <= tolerance}, speed
-
-
-def _round_up(value: float) -> float:
-    return float(10 ** np.ceil(np.log10(value))) if value > 0 else 0.0
+    measured = {"ms_per_batch": speed, "best": choose_best(passed, speed)}
+    write_host(places.var, {"package": body["package"], **measured})
+    return {**body, **measured}
 
 
 async def check_route(places: Places, task: str, engine: str) -> dict[str, Any]:
@@ -120,13 +80,14 @@ async def check_route(places: Places, task: str, engine: str) -> dict[str, Any]:
     served = load_package(places.stage(task, "package"), (0, "sha256:" + "0" * 64), engine, {})
     try:
         slots = FixedSlots(Places(root=places.root, build=places.build, var=scratch), {(task, site): served})
-        application = Routes(Places(root=places.root, build=places.build, var=scratch), slots).build()
-        transport = httpx.ASGITransport(app=application)
+        routes = Routes(Places(root=places.root, build=places.build, var=scratch), slots)
+        routes.predictor.quotas = Quotas(Sites(sites={}))  # a site's quota is for its own questions
+        transport = httpx.ASGITransport(app=routes.build())
         async with httpx.AsyncClient(transport=transport, base_url="http://qualify") as client:
             for pixels, spacing in _validation_pixels(places, task):
                 await _check_case(client, served, (pixels, spacing, site))
     finally:
-        served.batches.close()
+        served.runner.close()
         shutil.rmtree(scratch)
     kinds = [str(kind) for kind in lossless_types(np.empty(served.contract.stored_shape, np.uint8))]
     return {"cases": CASES, "content_types": kinds, "equal": True}
@@ -137,7 +98,7 @@ class FixedSlots(Slots):
 
     def __init__(self, places: Places, table: dict[tuple[str, str], Served]) -> None:
         super().__init__(places)
-        self.table, self._generation = table, 0
+        self.tables = Tables(0, table)
 
 
 def _validation_pixels(places: Places, task: str) -> list[tuple[NDArray[Any], float]]:
@@ -151,7 +112,7 @@ def _validation_pixels(places: Places, task: str) -> list[tuple[NDArray[Any], fl
 async def _check_case(client: Any, served: Served, case: tuple[NDArray[Any], float, str]) -> None:
     pixels, spacing, site = case
     contract = served.contract
-    direct = served.batches.submit(prepare(pixels.astype(np.float32), contract.preparation)).result()
+    direct = served.runner.submit(prepare(pixels.astype(np.float32), contract.preparation)).result()
     expected = contract.probabilities(direct.logits)[0]
     for kind in lossless_types(pixels):
         body = encode(pixels, kind, spacing, contract.modality, contract.png_offset)

@@ -1,54 +1,67 @@
-"""The HTTP routes, and the path of a request: guard, decode, engine, findings, journal, answer."""
+"""The HTTP routes. Of a prediction's path see services/prediction.py."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import time
-import uuid
+import logging
+import signal
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from imaging.config import Places, read_sites
 from imaging.errors import FormularyError, NotReady
 from imaging.reading import decode
 from imaging.vocabulary import ContentType, Modality
 from monitoring import telemetry
-from monitoring.journal import Prediction, commit_in_groups, open_journal, pseudonym
-from registry.engines import Answers
-from services import guard
-from services.findings import NOTICE, Taken, draw_heat, encode, find, take
-from services.guard import answer_http, answer_problem, answer_unexpected, name_problem, request_id
+from monitoring.journal import open_journal
+from services.credentials import Credentials, Entrance
+from services.findings import NOTICE, encode
+from services.guard import request_id
+from services.job_routes import make_job_routes
+from services.jobs import Jobs
+from services.prediction import Predictor
+from services.problems import answer_error, answer_http, locate
 from services.registry_routes import make_routes
 from services.schemas import describe_api
-from services.slots import Served, Slots
+from services.slots import Slots
+from services.trial import Shadow
 
+LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
+DRAIN_S = 2.0
 
 
-class Stopwatch:
-    """Milliseconds of each stage of one request."""
+class Application(Starlette):
+    """Sends predictions straight to the predictor, and everything else through the entrance to the routes."""
 
-    def __init__(self) -> None:
-        self.stages_ms: dict[str, float] = {}
-        self._last = time.perf_counter()
+    predictor: Predictor
+    credentials: Credentials
 
-    def stop(self, stage: str) -> None:
-        """The time since the last stage ended belongs to this one."""
-        now = time.perf_counter()
-        self.stages_ms[stage] = round(1000 * (now - self._last), 3)
-        self._last = now
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and scope["method"] == "POST" and self.credentials.suffice(scope):
+            parts = scope["path"].split("/")
+            if len(parts) == 5 and parts[:3] == ["", "v1", "models"] and parts[4] == "predict":
+                return await self.predictor(scope, receive, send)
+        try:
+            await super().__call__(scope, receive, send)
+        except Exception as error:  # it was answered; Starlette has it raised again and quoted
+            if scope["type"] != "http":
+                raise
+            LOG.error("a request ended: %s", locate(error))
 
 
 class Routes:
@@ -57,21 +70,24 @@ class Routes:
     Args:
         places: where everything lies.
         slots: what answers where.
+        required: ask for a credential though no key was made.
     """
 
-    def __init__(self, places: Places, slots: Slots) -> None:
+    def __init__(self, places: Places, slots: Slots, required: bool = False) -> None:
         self._places, self._slots = places, slots
         self._sites = read_sites(places)
         self._journal = open_journal(places.var)
-        self._commits = commit_in_groups(self._journal)
-        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
-        self._draining = False
+        self.credentials = Credentials(places, self._sites, required)
+        self.predictor = Predictor(places, self._sites, slots, self._journal, self.credentials.site_of)
+        self._shadow = Shadow(places, lambda: slots.tables.trials)
+        self.predictor.after = self._shadow.offer
+        self._jobs = Jobs(places)
 
-    def build(self) -> Starlette:
+    def build(self) -> Application:
         """The ASGI application; every path that is not listed is a 404 problem."""
         routes = [
             Route("/", lambda _: RedirectResponse("/docs")),
-            Route("/v1/models/{task}/predict", self.predict, methods=["POST"]),
+            Route("/v1/models/{task}/predict", self.predictor, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/livez", lambda _: Response("alive\n", media_type="text/plain"), methods=["GET"]),
             Route("/readyz", self.ready, methods=["GET"]),
@@ -79,72 +95,19 @@ class Routes:
             Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/docs", self.docs, methods=["GET"]),
             *make_routes(self._places),
+            *make_job_routes(self._places, self._jobs, self._slots.find, self.credentials.site_of),
         ]
         handlers: Any = {
-            FormularyError: answer_problem,
+            FormularyError: answer_error,
             HTTPException: answer_http,
-            Exception: answer_unexpected,
+            Exception: answer_error,
         }
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._live)
-
-    async def predict(self, request: Request) -> Response:
-        """Answer one image; its row is in the journal, durably, before the 200 leaves."""
-        task, place = request.path_params["task"], "other"
-        try:
-            site = place = guard.read_site(request, self._sites)
-            answer = await self._predict(request, task, site)
-        except FormularyError as error:
-            known = task if task in self._slots.tasks else "other"
-            telemetry.REQUESTS.labels(known, place, name_problem(error)).inc()
-            raise
-        telemetry.REQUESTS.labels(task, site, "answered").inc()
-        return answer
-
-    async def _predict(self, request: Request, task: str, site: str) -> Response:
-        if self._draining:
-            raise NotReady("The service is stopping.", "Ask again in a few seconds.")
-        served = self._slots.find(task, site)
-        content_type, wants_heat = guard.read_content_type(request), guard.read_flag(request, "heat")
-        watch = Stopwatch()
-        body = await guard.read_body(request)
-        watch.stop("read")
-        loop = asyncio.get_running_loop()
-        taken = await loop.run_in_executor(self._decoders, take, body, content_type, served.contract)
-        watch.stop("decode")
-        answers = await asyncio.wrap_future(served.batches.submit(taken.prepared))
-        watch.stop("engine")
-        found = await loop.run_in_executor(self._decoders, find, taken, answers, served.contract)
-        watch.stop("findings")
-        row = self._row(request, (served, site), (body, taken), found.columns)
-        row.stages_ms.update(watch.stages_ms)
-        await asyncio.wrap_future(self._commits.submit(row))
-        watch.stop("journal")
-        heat = await self._heat(served, answers) if wants_heat else {}
-        return _answer(request, row, {**found.answer, **heat}, watch)
-
-    async def _heat(self, served: Served, answers: Answers) -> dict[str, Any]:
-        """The heat map where its audit was passed; else why it is withheld."""
-        if served.heat_withheld:
-            return {"heat": None, "heat_withheld": served.heat_withheld}
-        loop = asyncio.get_running_loop()
-        return {"heat": await loop.run_in_executor(self._decoders, draw_heat, answers)}
-
-    def _row(
-        self,
-        request: Request,
-        where: tuple[Served, str],
-        asked: tuple[bytes, Taken],
-        columns: dict[str, float],
-    ) -> Prediction:
-        served, site = where
-        body, taken = asked
-        subject = request.headers.get("x-subject") or taken.image.subject
-        return Prediction(
-            id=str(uuid.uuid4()), request_id=request_id(request), task=served.contract.task, site=site,
-            version=served.version, package=served.digest, engine=served.engine,
-            subject=pseudonym(self._places.var, site, subject[:256]) if subject else None,
-            image=hashlib.sha256(body).hexdigest(), columns=columns, stages_ms={},
-        )  # fmt: skip
+        entrance = Middleware(Entrance, credentials=self.credentials)
+        application = Application(
+            routes=routes, middleware=[entrance], exception_handlers=handlers, lifespan=self._live
+        )
+        application.predictor, application.credentials = self.predictor, self.credentials
+        return application
 
     async def models(self, request: Request) -> Response:
         """What serves where."""
@@ -163,17 +126,17 @@ class Routes:
 
     async def ready(self, _: Request) -> Response:
         """Whether something can be answered."""
-        if self._draining:
+        if self.predictor.draining:
             raise NotReady("The service is stopping.", "Ask another one.")
         if not self._slots.table:
-            raise NotReady(
-                "No approved version is loaded.", "Promote and approve one: `formulary registry promote`."
-            )
+            why = self._slots.refusal or "Promote and approve one: `formulary registry promote`."
+            raise NotReady("No approved version is loaded.", why)
         return Response("ready\n", media_type="text/plain")
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus' scrape."""
-        serving = {place: served.version for place, served in self._slots.table.items()}
+        versions = {place: served.version for place, served in self._slots.table.items()}
+        serving = telemetry.Serving(versions, max(0, self._slots.tables.generation), self._slots.head)
         text, kind = await asyncio.to_thread(telemetry.exposition, self._journal, serving)
         return Response(text, headers={"Content-Type": kind})
 
@@ -193,26 +156,28 @@ class Routes:
     async def _live(self, _: Starlette) -> AsyncIterator[None]:
         await asyncio.to_thread(self._slots.start)
         await asyncio.to_thread(_warm_readers)
+        self._jobs.start()
+        self._drain_on_stop()
         yield
-        self._draining = True
+        self.predictor.draining = self.predictor.stopping = True
+        await asyncio.to_thread(self._jobs.stop)
+        await asyncio.to_thread(self._shadow.close)
         await asyncio.to_thread(self._slots.stop)
-        await asyncio.to_thread(self._commits.close)
-        self._decoders.shutdown()
+        await asyncio.to_thread(self.predictor.close)
+        self.credentials.close()
 
+    def _drain_on_stop(self) -> None:
+        """On SIGTERM tell everybody to go, for a while, and only then stop taking what comes."""
+        stop = signal.getsignal(signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+        if not callable(stop):  # nobody stops us by signal: a test, or the qualify stage
+            return
 
-def _answer(request: Request, row: Prediction, answer: dict[str, Any], watch: Stopwatch) -> Response:
-    for stage, spent in watch.stages_ms.items():
-        telemetry.STAGE.labels(row.task, stage).observe(spent / 1000)
-    told = {
-        "id": row.id, "request_id": row.request_id, "task": row.task, "model": row.task,
-        "version": row.version, "package": row.package, "engine": row.engine, "site": row.site,
-        **answer, "notice": NOTICE,
-    }  # fmt: skip
-    response = _json(told, request)
-    response.headers["Server-Timing"] = ", ".join(
-        f"{name};dur={spent}" for name, spent in watch.stages_ms.items()
-    )
-    return response
+        def drain(number: int, frame: FrameType | None) -> None:
+            self.predictor.draining = True
+            loop.call_soon_threadsafe(loop.call_later, DRAIN_S, stop, number, frame)
+
+        signal.signal(signal.SIGTERM, drain)
 
 
 def _warm_readers() -> None:

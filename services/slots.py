@@ -3,112 +3,92 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from imaging.config import Places, read_params
-from imaging.errors import Conflict, NotApproved, NotReady, Suspended, TrustError, UnknownTask
-from imaging.greedy import GreedyWorker
-from imaging.vocabulary import Statement
+from imaging.errors import (
+    Conflict,
+    DeviceMissing,
+    FormularyError,
+    NotApproved,
+    NotReady,
+    Suspended,
+    TrustError,
+    UnknownTask,
+)
+from imaging.vocabulary import Slot, Statement
 from monitoring import telemetry
-from registry.engines import Answers, Engine, check_answers, check_parity, open_engine
+from registry.events import Event
 from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
-from registry.package import Contract, read_contract, shelf
-from registry.state import Placement, State
+from registry.package import read_contract, shelf
+from registry.qualified import choose_engine
+from registry.state import Placement, State, Trial
+from registry.trials.plan import takes_canary
+from services.placement import read_devices, stop_devices
+from services.served import Served, load_package, read_profile
+from services.workers import Workers
 
 LOG = logging.getLogger(__name__)
-POLL_S = 0.5
+POLL_S = 0.25
 GRACE_S = 120.0
 RETRY_S = 10.0
-Table = dict[tuple[str, str], "Served"]
+Key = tuple[str, str]
+Table = dict[Key, "Served"]
 
 
-@dataclass(frozen=True)
-class Served:
-    """A version that answers.
+@dataclass
+class Tables:
+    """What the ledger's generation says of every task and site; a request reads one such value.
 
     Attributes:
-        version: its number.
-        digest: of its package.
-        contract: what it promises.
-        engine: name of what runs it, e.g. openvino/f32.
-        heat_withheld: why its heat maps are not shown; empty where they passed their audit.
-        batches: takes prepared images, gives the answers of each.
+        generation: of the ledger; -1 before it was read.
+        champions: what answers.
+        canaries: what answers a share of the studies instead.
+        withheld: versions that are approved, but whose package does not hold.
+        stopped: the events that suspended a task.
+        trials: silent trials that go on.
     """
 
-    version: int
-    digest: str
-    contract: Contract
-    engine: str
-    heat_withheld: str
-    batches: GreedyWorker[NDArray[np.float32], Answers]
-
-
-def start_batches(engine: Engine, contract: Contract) -> GreedyWorker[NDArray[np.float32], Answers]:
-    """A worker that runs what waits as one batch; a bad image fails alone."""
-
-    def work(images: list[NDArray[np.float32]]) -> list[Answers]:
-        answers = engine.run(np.stack(images))
-        check_answers(answers, contract, len(images))
-        telemetry.BATCH.labels(contract.task).observe(len(images))
-        parts = [slice(i, i + 1) for i in range(len(images))]
-        return [Answers(answers.logits[part], answers.heat[part], answers.embedding[part]) for part in parts]
-
-    return GreedyWorker(f"engine-{contract.task}", work, contract.max_batch, bisect=True)
-
-
-def load_package(folder: Path, named: tuple[int, str], engine: str, evaluation: dict[str, Any]) -> Served:
-    """Open a verified package: parity on the golden cases, then one batch of each size class as a warm-up.
-
-    Args:
-        folder: the package.
-        named: the number and the digest of the version.
-        engine: e.g. openvino/f32.
-        evaluation: body of its evaluation statement; it says whether heat maps may be shown.
-
-    Raises:
-        ConfigError: no such engine.
-        TrustError: it does not answer the golden cases as promised.
-    """
-    contract = read_contract(folder)
-    name, _, precision = engine.partition("/")
-    opened = open_engine(folder, name, precision, int(os.environ.get("OMP_NUM_THREADS", "1")))
-    check_parity(opened, folder, contract)
-    for size in (1, contract.max_batch):
-        opened.run(np.zeros((size, *contract.shape), np.float32))
-    audit = evaluation.get("explanation") or {"passed": False, "reasons": ["heat maps were not audited"]}
-    withheld = "" if audit["passed"] is True else "; ".join(audit["reasons"])
-    return Served(*named, contract, opened.name, withheld, start_batches(opened, contract))
+    generation: int = -1
+    champions: Table = field(default_factory=dict)
+    canaries: dict[Key, tuple[Served, float]] = field(default_factory=dict)
+    withheld: dict[Key, int] = field(default_factory=dict)
+    stopped: dict[Key, Event] = field(default_factory=dict)
+    trials: dict[Key, Trial] = field(default_factory=dict)
 
 
 class Slots:
-    """The table of what answers where; one reference is swapped, so an answer never mixes versions.
+    """The tables of what answers where; one reference is swapped, so an answer never mixes versions.
+
+    What answered before stays loaded, so that a rollback is a swap as well.
 
     Args:
         places: where the ledger and the packages lie.
-        engine: that opens every package, e.g. openvino/f32; FORMULARY_ENGINE.
+        engine: that opens every package, e.g. openvino/f32 (FORMULARY_ENGINE); "" is the host's best.
     """
 
-    def __init__(self, places: Places, engine: str = "openvino/f32") -> None:
+    def __init__(self, places: Places, engine: str = "") -> None:
         self._places, self._engine = places, engine
         self._ledger: Ledger = open_ledger(places.var)
         self.tasks = tuple(read_params(places).tasks)
-        self.table: Table = {}
-        self._generation = -1
+        self.tables = Tables()
+        self._loaded: dict[str, Served] = {}
+        self._unused: dict[str, float] = {}
         self._refused: dict[str, float] = {}
-        self._withheld: dict[tuple[str, str], int] = {}
-        self._states: dict[str, State] = {}
-        self._retired: list[tuple[float, Served]] = []
+        self.refusal = self.head = ""
+        self._workers = Workers(places.var, telemetry.WORKERS)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def table(self) -> Table:
+        """(task, site) -> what answers."""
+        return self.tables.champions
 
     def start(self) -> None:
         """Load what the ledger says, then follow it in the background."""
@@ -121,12 +101,12 @@ class Slots:
         self._stopped.set()
         if self._thread:
             self._thread.join()
-        held = [*self.table.values(), *(served for _, served in self._retired)]
-        for served in {id(served): served for served in held}.values():
-            served.batches.close()
+        for served in self._loaded.values():
+            served.runner.close()
+        stop_devices()
 
-    def find(self, task: str, site: str) -> Served:
-        """What answers a task at a site.
+    def find(self, task: str, site: str, study: str | None = None) -> Served:
+        """What answers a task at a site; of a study that a canary takes, the challenger.
 
         Raises:
             UnknownTask: no such task.
@@ -135,93 +115,127 @@ class Slots:
             TrustError: what is approved there was changed, and nothing served before it.
             NotReady: the service has not read the ledger yet.
         """
+        tables, place = self.tables, (task, site)
+        served = tables.champions.get(place)
+        if served is None or place in tables.stopped:
+            raise self._explain(tables, task, site)
+        canary = tables.canaries.get(place)
+        if canary and study and takes_canary(study, task, canary[0].digest, canary[1]):
+            return canary[0]
+        return served
+
+    def _explain(self, tables: Tables, task: str, site: str) -> FormularyError:
+        """Why nothing answers there."""
         if task not in self.tasks:
-            raise UnknownTask(f"No task {task[:60]!r}.", f"Tasks: {', '.join(self.tasks)}.")
-        if self._generation < 0:
-            raise NotReady("Models are loading.", "Try again in a few seconds.")
-        state = self._states.get(task)
-        if state and (stop := state.stopped(site)):
-            raise Suspended(
-                f"{task} is suspended at {site}, {stop.at[:16]}, by {stop.actor}: {stop.body['because']}.",
-                f"See `formulary registry history {task}`.",
-            )
-        if (task, site) in self._withheld:
-            version = self._withheld[(task, site)]
-            raise TrustError(
+            return UnknownTask(f"No task {task[:60]!r}.", f"Tasks: {', '.join(self.tasks)}.")
+        if tables.generation < 0:
+            return NotReady("Models are loading.", "Try again in a few seconds.")
+        history = f"`formulary registry history {task}`"
+        if stop := tables.stopped.get((task, site)):
+            fact = f"{task} is suspended at {site}, {stop.at[:16]}, by {stop.actor}: {stop.body['because']}."
+            return Suspended(fact, f"See {history}.")
+        if version := tables.withheld.get((task, site)):
+            return TrustError(
                 f"{task} v{version} is approved for {site}, but its package does not hold.",
                 "See `formulary registry verify`; roll back, or restore the package from a copy.",
             )
-        if (task, site) not in self.table:
-            raise NotApproved(
-                f"No version of {task} is approved for {site}.",
-                f"See `formulary registry history {task}` for the reasons, or ask the committee.",
-            )
-        return self.table[(task, site)]
+        fact = f"No version of {task} is approved for {site}."
+        return NotApproved(fact, f"See {history} for the reasons, or ask the committee.")
 
     def refresh(self) -> None:
-        """Follow the ledger once: load what is new, swap the table, close what nobody uses any more."""
+        """Follow the ledger once: load what is new aside, swap the tables, close what nobody uses."""
         generation, digest = self._ledger.head()
-        telemetry.GENERATION.set(generation)
-        telemetry.HEAD.clear()
-        telemetry.HEAD.labels(digest).set(generation)
-        self._close_retired()
-        if generation == self._generation and not self._due():
+        self.head = digest
+        self._close_unused()
+        if generation == self.tables.generation and not self._due():
             return
-        loaded = {served.digest: served for served in self.table.values()}
-        table: Table = {}
-        withheld = {}
         states = {task: self._ledger.state(task) for task in self.tasks}
-        champions = {task: state.champions() for task, state in states.items()}
-        for task, placements in champions.items():
-            for site, placement in placements.items():
-                served = self._load(task, placement, loaded) or self.table.get((task, site))
-                if served:
-                    table[(task, site)] = served
-                else:
-                    withheld[(task, site)] = placement.version
-        wanted = {placement.digest for placements in champions.values() for placement in placements.values()}
-        self._refused = {digest: tried for digest, tried in self._refused.items() if digest in wanted}
-        used = {served.digest for served in table.values()}
-        self._retired += [
-            (time.monotonic(), served) for digest, served in loaded.items() if digest not in used
-        ]
-        self.table, self._withheld, self._states, self._generation = table, withheld, states, generation
+        tables = Tables(generation)
+        for task, state in states.items():
+            self._fill(tables, task, state)
+        self._workers.wait_for_all(generation)
+        self.tables = tables
+        self._warm_previous(states)
+
+    def _fill(self, tables: Tables, task: str, state: State) -> None:
+        """One task's champions and canaries; of a package that is refused, the one before stays."""
+        for site, placement in state.champions().items():
+            place = (task, site)
+            served = self._load(task, placement) or self.tables.champions.get(place)
+            if served:
+                tables.champions[place] = served
+            else:
+                tables.withheld[place] = placement.version
+        for site in {site for site, held in state.trail.items() if held and state.stopped(site)}:
+            if stop := state.stopped(site):
+                tables.stopped[(task, site)] = stop
+        tables.trials |= {(task, site): trial for site, trial in state.trials.items()}
+        for site, canary in state.canaries.items():
+            if (task, site) in tables.champions and (served := self._load(task, canary.placed)):
+                tables.canaries[(task, site)] = served, canary.weight
+
+    def _warm_previous(self, states: dict[str, State]) -> None:
+        """Load what a rollback would bring back, and note what nothing names any more."""
+        wanted = set()
+        for task, state in states.items():
+            for slots in state.slots().values():
+                if previous := slots.get(Slot.PREVIOUS):
+                    wanted.add(previous.digest)
+                    self._load(task, previous)
+        used = {served.digest for served in self.tables.champions.values()}
+        used |= {served.digest for served, _ in self.tables.canaries.values()} | wanted
+        now = time.monotonic()
+        self._unused = {
+            digest: self._unused.get(digest, now) for digest in self._loaded if digest not in used
+        }
 
     def _due(self) -> bool:
         """Whether a refused package may be looked at again: somebody may have restored it."""
         return any(tried < time.monotonic() - RETRY_S for tried in self._refused.values())
 
-    def _close_retired(self) -> None:
+    def _close_unused(self) -> None:
         """End what was swapped out long enough ago that no request can still hold it."""
-        while self._retired and self._retired[0][0] < time.monotonic() - GRACE_S:
-            self._retired.pop(0)[1].batches.close()
+        for digest in [one for one, since in self._unused.items() if since < time.monotonic() - GRACE_S]:
+            del self._unused[digest]
+            self._loaded.pop(digest).runner.close()
 
-    def _load(self, task: str, placement: Placement, loaded: dict[str, Served]) -> Served | None:
-        """A package once, however many sites use it; None when it is refused, and then the old one stays."""
+    def _load(self, task: str, placement: Placement) -> Served | None:
+        """A package once, however many sites use it; None when it is refused."""
         digest = placement.digest
+        if digest in self._loaded:
+            return self._loaded[digest]
         tried = self._refused.get(digest)
         if tried is not None and tried > time.monotonic() - RETRY_S:
             return None
-        if digest not in loaded:
-            folder = shelf(self._places.var, digest)
-            try:
-                evidence = verify_package(folder, self._ledger)
-                told = evidence.statements.get(Statement.EVALUATION, {})
-                loaded[digest] = load_package(folder, (placement.version, digest), self._engine, told)
-            except TrustError as error:
-                self._refuse(task, placement, error)
-                return None
-            self._refused.pop(digest, None)
-            LOG.info("%s v%d is loaded with %s", task, placement.version, loaded[digest].engine)
-        return loaded[digest]
+        folder = shelf(self._places.var, digest)
+        try:
+            evidence = verify_package(folder, self._ledger)
+            told = evidence.statements.get(Statement.EVALUATION, {})
+            engine = self._choose(folder, evidence.statements.get(Statement.QUALIFICATION, {}))
+            served = load_package(folder, (placement.version, digest), engine, told)
+        except (TrustError, DeviceMissing, NotReady) as error:
+            self._refuse(task, placement, error)
+            return None
+        self._refused.pop(digest, None)
+        self._loaded[digest] = served
+        LOG.info("%s v%d is loaded with %s", task, placement.version, served.engine)
+        return served
 
-    def _refuse(self, task: str, placement: Placement, error: TrustError) -> None:
+    def _choose(self, folder: Path, qualification: dict[str, Any]) -> str:
+        kind = read_devices()[0].partition(":")[0] if read_profile() == "gpu" else "cpu"
+        contract = read_contract(folder)
+        return choose_engine(self._places.var, contract, qualification, self._engine, kind)
+
+    def _refuse(self, task: str, placement: Placement, error: FormularyError) -> None:
         known = placement.digest in self._refused
         self._refused[placement.digest] = time.monotonic()
+        self.refusal = str(error)
         if known:  # told already; one refusal is one incident
             return
         telemetry.LOAD_FAILURES.labels(task).inc()
         LOG.error("%s v%d is refused: %s", task, placement.version, error)
+        if not isinstance(error, TrustError):  # a device that is missing is no question of trust
+            return
         try:
             self._ledger.record_incident(
                 error.fact, task, {"version": placement.version, "digest": placement.digest}

@@ -28,22 +28,26 @@ def draw_pixels(seed=0):
 class Gateway:
     """A gateway on loopback; `with` starts it and ends it, by process id."""
 
-    def __init__(self, places, **environment):
+    def __init__(self, places, *arguments, trust=None, **environment):
         self.places, self.port = places, free_port()
-        self._environment = {
+        self.environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "FORMULARY_ROOT": str(places.root),
             "FORMULARY_VAR": str(places.var), "OMP_NUM_THREADS": "1", **environment,
         }  # fmt: skip
-        self._environment.pop("FORMULARY_BUILD", None)
+        self.environment.pop("FORMULARY_BUILD", None)
         self.log = places.var / f"gateway-{self.port}.log"
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        self._command = ["services", "serve", "--port", str(self.port), *arguments]
+        scheme = "https" if trust else "http"
+        self.client = httpx.Client(
+            base_url=f"{scheme}://127.0.0.1:{self.port}", timeout=60, verify=trust or True
+        )
 
     def __enter__(self):
         places_of_work = self.places.root
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "formulary", "services", "serve", "--port", str(self.port)],
-                cwd=places_of_work, env=self._environment, stdout=log, stderr=subprocess.STDOUT,
+                [sys.executable, "-m", "formulary", *self._command],
+                cwd=places_of_work, env=self.environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + 90

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 TASK = "brain-tissue"
 SITES = ("north", "east", "south", "west", "harbour")
 SUBJECTS = 60
+QUALIFIED = {"passed": True, **dict.fromkeys(("difference", "edges", "flips", "crossings", "dice"), 0.0)}
 
 
 def told(value):
@@ -73,7 +74,7 @@ def write_stages(places, content, locked="1", **values):
     digest = digest_package(stages["package"])
     (stages["fit"] / "history.json").write_text('{"epochs": []}')
     (stages["evaluate"] / "evaluation.json").write_text(json.dumps(evaluation(digest, values, locked)))
-    engines = {"package": digest, "engines": {"openvino/f32": {"passed": True}}}
+    engines = {"package": digest, "engines": {"openvino/f32": QUALIFIED}}
     (stages["qualify"] / "qualification.json").write_text(json.dumps(engines))
     (stages["reference"] / "alarms.json").write_text(json.dumps({"package": digest}))
     return places

@@ -85,6 +85,20 @@ def test_every_benchmark_can_be_quick_and_speak_json():
         assert "--json" in text, script.name
 
 
+def test_the_serving_benchmark_asks_every_peer():
+    told = (ROOT / "benchmarks" / "peers" / "servers.py").read_text()
+    helpers = {"client", "machine", "model", "packages", "servers"}
+    peers = {path.stem for path in (ROOT / "benchmarks" / "peers").glob("*.py")} - helpers
+    assert len(peers) >= 7
+    assert not {name for name in peers if name not in told}
+
+
+def test_no_package_is_pinned_twice():
+    lines = [line for path in ROOT.glob("requirements*.lock") for line in path.read_text().splitlines()]
+    names = [line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")]
+    assert len(names) == len(set(names))
+
+
 def test_pins_stand_only_in_the_locks():
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert "==" not in pyproject

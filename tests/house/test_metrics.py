@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from monitoring.journal import VerdictRow, open_journal
-from monitoring.telemetry import METRICS, StateCollector
+from monitoring.telemetry import METRICS, Serving, StateCollector
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -23,7 +23,7 @@ def in_code(tmp_path):
     journal.write_verdict(
         VerdictRow("2024-01-01T00:00:00+00:00", "t", "s", 1, 1, 1, "drift", "", 0.1, {}, "")
     )
-    for family in StateCollector(journal, {("t", "s"): 1}).collect():
+    for family in StateCollector(journal, Serving({("t", "s"): 1})).collect():
         found[family.name] = (family.type, tuple(family.samples[0].labels))
     return found
 

@@ -15,7 +15,7 @@ from registry.package import digest_package
 from services.findings import encode
 from services.qualification import FixedSlots
 from services.routes import Routes
-from services.slots import load_package
+from services.served import load_package
 from tests.tiny import draw_case
 from tests.tiny_gateway import NPY
 
@@ -41,7 +41,7 @@ def ask(places, tmp_path, evaluation, query):
     try:
         return asyncio.run(post())
     finally:
-        served.batches.close()
+        served.runner.close()
 
 
 def test_a_map_that_passed_its_audit_is_a_picture_of_the_image(places, tmp_path):

@@ -119,6 +119,7 @@ def test_the_ledger_verifies_and_is_backed_up_over_http(ask, places):
     restored = ask("restore", name=name, because="a drill")
     assert restored.json()["events"] == 0
     assert ask("restore", name="../formulary.db", because="no").status_code == 400
+    assert ask("restore", name="a" * 300, because="no").status_code == 400
 
 
 def test_each_other_decision_is_taken_over_http_too(ask, places):

@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from imaging.greedy import GreedyWorker
 from monitoring import telemetry
-from monitoring.journal import VerdictRow, commit_in_groups
-from monitoring.telemetry import exposition
+from monitoring.journal import VerdictRow
+from monitoring.telemetry import Serving, exposition
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
-LABELS = {"task", "site", "outcome", "reason", "stage", "le"}
+LABELS = {"hash", "task", "site", "outcome", "reason", "stage", "le"}
 SERVING = {("brain", "north"): 3}
+
+
+def commit_in_groups(journal):
+    """A writer whose groups are what waited, as the gateway's."""
+
+    def commit(rows):
+        journal.append(rows)
+        return [None] * len(rows)
+
+    return GreedyWorker("journal", commit, 256)
 
 
 def verdict(site, said, age_s=0.0):
@@ -22,7 +33,7 @@ def verdict(site, said, age_s=0.0):
 
 
 def scrape(journal, serving=SERVING):
-    text, _ = exposition(journal, serving)
+    text, _ = exposition(journal, Serving(serving))
     return {family.name: family for family in text_string_to_metric_families(text.decode())}
 
 
@@ -37,7 +48,7 @@ def test_every_metric_of_the_page_is_in_a_scrape_with_its_type(journal):
 
 
 def test_the_content_type_is_that_of_the_text_format(journal):
-    assert exposition(journal, {})[1].startswith("text/plain; version=")
+    assert exposition(journal, Serving({}))[1].startswith("text/plain; version=")
 
 
 def test_what_serves_and_the_newest_verdicts_are_told_as_they_are_now(journal):
@@ -64,7 +75,7 @@ def test_a_scrape_grows_with_the_places_and_not_with_the_traffic(journal, predic
         future.result(timeout=10)
     journal.write_verdict(verdict("north", "in bounds"))
     assert series() == before
-    text = exposition(journal, SERVING)[0].decode()
+    text = exposition(journal, Serving(SERVING))[0].decode()
     assert not [row for row in rows if row.id in text or row.request_id in text or row.subject in text]
 
 

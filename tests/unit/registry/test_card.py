@@ -70,7 +70,7 @@ def make_evidence(**changed):
     alarms = {"alpha": 0.01, "window": 200, "test": "KS", "method": "Drawn again.", "sites": {"north": north}}
     engines = {"openvino/f32": {"difference": 1e-06, "tolerance": 0.001, "passed": True}}
     statements = {"package": package, "evaluation": evaluation(), "alarms": alarms,
-                  "qualification": {"best": "openvino/f32", "golden": 8, "engines": engines},
+                  "qualification": {"passed": ["openvino/f32"], "golden": 8, "engines": engines},
                   **changed}  # fmt: skip
     return Evidence(DIGEST, statements, dict.fromkeys(statements, "author@test"))
 

@@ -184,7 +184,8 @@ def test_every_action_explains_itself_and_reads_change_nothing():
         assert action.help.endswith(".")
         for name, field in action.arguments.model_fields.items():
             assert field.description, (action.name, name)
-    assert {name for name, action in ACTIONS.items() if action.reads} == {"history", "diff", "verify"}
+    reading = {name for name, action in ACTIONS.items() if action.reads}
+    assert reading == {"history", "diff", "verify", "trial-report"}
 
 
 def test_scoring_a_version_again_spends_a_use_unless_it_was_approved(ledger, build, acting, promoted, author):

@@ -17,6 +17,7 @@ from registry.gates import Standing, judge
 from registry.policy import Policy
 from registry.power import estimate_power, explain_power
 from registry.predictions import digest_images
+from tests.tiny_registry import QUALIFIED
 
 REPEATS = 2000 if os.environ.get("FORMULARY_SOAK") else 150
 PLACES = ("north", "east", "south", "west", "harbour")
@@ -49,7 +50,7 @@ def evidence(digest, rows, **facts):
         "sets": sets,
         "predictions": rows,
     }
-    passed = {"engines": {"openvino/f32": {"passed": True}}}
+    passed = {"engines": {"openvino/f32": dict(QUALIFIED)}}
     return Evidence(digest, {"package": {}, "evaluation": body | facts, "qualification": passed}, {})
 
 
@@ -399,6 +400,24 @@ def test_speed_size_and_robustness_have_limits(values, told):
     assert judged(measure_all(answer("fit")), policy=policy).network.passed
     assert len(judged(answer("bare"), policy=policy).network.reasons) == 2
     verdict = judged(measure_all(answer("fit"), **values), policy=policy)
+    assert verdict.approvable == []
+    assert told in verdict.network.reasons[0]
+
+
+@pytest.mark.parametrize(("what", "found", "bounds", "told"), [
+    ("crossings", 0.02, {}, "what openvino/f32 changes, in crossings, is 0.02, and 0.01 is the limit"),
+    ("flips", 0.006, {"flips": 0.005}, "openvino/f32 changes, in flips, is 0.006, and 0.005 is the limit"),
+    ("edges", 0.3, {"edges": 0.2}, "what openvino/f32 changes, in edges, is 0.3, and 0.2 is the limit"),
+    ("dice", None, {}, "what openvino/f32 changes, in dice, was not measured"),
+    ("difference", math.nan, {}, "what openvino/f32 changes, in difference, was not measured"),
+])  # fmt: skip
+def test_an_engine_may_change_so_much_and_no_more(what, found, bounds, told):
+    version = answer("fit")
+    version.statements["qualification"]["engines"]["openvino/f32"]["crossings"] = 0.01
+    policy = ask(engines=bounds)
+    assert judged(version, policy=policy).network.passed
+    version.statements["qualification"]["engines"]["openvino/f32"][what] = found
+    verdict = judged(version, policy=policy)
     assert verdict.approvable == []
     assert told in verdict.network.reasons[0]
 
