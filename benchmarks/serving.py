@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--stack", action="append", default=[], help="only this one; may be given again")
     parser.add_argument("--page", type=Path, metavar="FILE", help="renew the figures of docs/performance.md")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or servers that are held still would stay
     how = (2, 0.7) if asked.quick else (5, 3.0)
     told: dict[str, Any] = {"rows": [], "failed": [], "refused": [], "starts_s": []}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

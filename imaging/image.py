@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from imaging.errors import NotFinite, WrongShape
 
 Pixels = NDArray[np.float32]
+LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,17 @@ class Image:
 
         Raises:
             WrongShape: the array does not have two or three axes, or one of them is empty.
-            NotFinite: a pixel is NaN or infinite.
+            NotFinite: a pixel is NaN, infinite, or so large that sums of such would be.
         """
         if self.pixels.ndim not in (2, 3) or 0 in self.pixels.shape:
             raise WrongShape(
                 f"The image has shape {self.pixels.shape}.",
                 "Send rows, columns; or rows, columns, 3 colours; or depth, rows, columns.",
             )
-        if not np.isfinite(self.pixels).all():
+        if not (self.pixels.min() > -LARGEST and self.pixels.max() < LARGEST):  # NaN is neither
             raise NotFinite(
-                "Some pixels are NaN or infinite.", "Write finite numbers before sending the image."
+                f"Some pixels are NaN, infinite or beyond {LARGEST:g}.",
+                "Write finite numbers before sending.",
             )
 
 

@@ -17,6 +17,7 @@ from imaging.image import Image
 from imaging.vocabulary import ContentType
 
 MAX_PIXELS = 4096 * 4096
+MOST_READS = 50_000
 TILTED = 0.2  # radians; DICOM is held to about the same
 LITTLE_ENDIAN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 SUFFIXES = {
@@ -157,10 +158,22 @@ def _axial(affine: np.ndarray) -> tuple[tuple[bool, bool, bool], tuple[float, fl
     return (codes[0] == "R", codes[1] == "A", codes[2] == "I"), (float(sizes[1]), float(sizes[0]))
 
 
+class _Counted(io.BytesIO):
+    """Bytes that may be asked for so often only: each element of a DICOM file costs its reader some reads."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MOST_READS:
+            raise TooLarge("The DICOM object has too many elements.", "Send the slice without private data.")
+        return super().read(size)
+
+
 def _read_dicom(body: bytes) -> Image:
     import pydicom
 
-    stream = io.BytesIO(body)
+    stream = _Counted(body)
     _check_syntax(stream)
     return _open_dicom(pydicom.dcmread(stream))
 

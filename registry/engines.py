@@ -127,15 +127,17 @@ class OnnxRuntime:
             )
         if provider != "CPUExecutionProvider":
             settings = {**settings, "device_id": order.number}
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if order.precision == "f16":
             settings = {**settings, "trt_fp16_enable": True}
-        self._session = onnxruntime.InferenceSession(
-            order.folder / "model.onnx", options, providers=[(provider, settings)]
-        )
-        if self._session.get_providers()[0] != provider:  # onnxruntime goes on with the CPU, and only logs it
-            raise DeviceMissing(
-                f"{provider} cannot start here.", "See onnxruntime's log for the library it lacks."
-            )
+        model, providers = order.folder / "model.onnx", [(provider, settings)]
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=providers)
+        except Exception as error:
+            if "CPU EP" not in str(error):
+                raise
+            told = f"{provider} cannot start here, or leaves nodes of this model to the CPU."
+            raise DeviceMissing(told, "See onnxruntime's log, or choose another engine.") from error
 
     def run(self, batch: NDArray[np.float32]) -> Answers:
         """Answer a batch."""

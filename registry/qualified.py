@@ -39,6 +39,8 @@ def choose_engine(
 ) -> str:
     """What serves a package here: what is asked for; else what this host found fastest; else the default.
 
+    Where the default failed the qualification, the first that passed and is promised for such a device.
+
     Args:
         var: where the host's cache lies. It is not signed, so it may choose only among what passed.
         contract: of the package.
@@ -47,14 +49,20 @@ def choose_engine(
         kind: of the device, cpu or cuda.
 
     Raises:
-        TrustError: what is asked for failed the qualification.
+        TrustError: what is asked for failed the qualification, or all that the contract promises here.
     """
     engines = qualification.get("engines", {})
-    if asked and engines.get(asked, {}).get("passed") is False:
-        raise TrustError(
-            f"{asked} failed the qualification of {contract.task}: {engines[asked].get('reason', 'parity')}.",
-            "Choose another FORMULARY_ENGINE, or none.",
-        )
     best = read_host(var, qualification.get("package", "")).get("best", "")
-    passed = engines.get(best, {}).get("passed") is True and best in contract.tolerance
-    return asked or (best if passed and device_kind(best) == kind else DEFAULTS[kind])
+    passed: list[str] = [name for name, told in engines.items() if told.get("passed") is True]
+    fit = [name for name in passed if name in contract.tolerance and device_kind(name) == kind]
+    chosen = asked or (best if best in fit else DEFAULTS[kind])
+    if engines.get(chosen, {}).get("passed") is not False:
+        return chosen
+    if fit and not asked:
+        return fit[0]
+    raise TrustError(
+        f"{chosen} failed the qualification of {contract.task}: {engines[chosen].get('reason', 'parity')}.",
+        "Choose another FORMULARY_ENGINE, or none."
+        if fit
+        else f"No engine for {kind} passed: qualify it again.",
+    )

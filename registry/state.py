@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from imaging.vocabulary import Decision, Slot, TrialVerdict
 from registry.events import NETWORK, Event
-from registry.trials.plan import MOST_WEIGHT, Plan
+from registry.trials.plan import MOST_WEIGHT, SITE_SUBJECTS, Plan
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class State:
         open: version -> the request that waits for a second person.
         makers: digest -> who registered the package or signed its evidence again.
         trials: site -> the silent trial that goes on there; all of one start.
-        passed: site -> the trial that its challenger passed, while the champion it was held to serves.
+        passed: site -> the trial that its challenger passed there, while the champion it was held to serves.
         canaries: site -> the version that answers a share of the studies there.
     """
 
@@ -203,8 +203,9 @@ def _start_trial(state: State, event: Event) -> None:
 def _end_trial(state: State, event: Event) -> None:
     ended = {site: one for site, one in state.trials.items() if one.seq == event.body["trial"]}
     state.trials = {site: one for site, one in state.trials.items() if site not in ended}
-    if event.body["verdict"] == TrialVerdict.PASSED:
-        state.passed |= ended
+    if event.body["verdict"] == TrialVerdict.PASSED:  # of all sites together: each needs a share in it
+        shown = event.body.get("deciding", {})
+        state.passed |= {site: one for site, one in ended.items() if shown.get(site, 0) >= SITE_SUBJECTS}
 
 
 def _set_canary(state: State, event: Event) -> None:

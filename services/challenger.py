@@ -35,6 +35,7 @@ from registry.qualified import choose_engine
 from registry.trials.plan import Plan
 from registry.trials.report import judge
 from registry.trials.rows import Row, open_rows
+from services.served import read_profile
 
 SIZES = struct.Struct(">II")
 RESTING = 9  # times as long as it worked: caches and memory have no priorities; where it is preempted, longer
@@ -116,7 +117,7 @@ class Challenger:
         evidence = verify_package(folder, open_ledger(self._var))
         self._contract = read_contract(folder)
         qualified = evidence.statements.get(Statement.QUALIFICATION, {})
-        asked = os.environ.get("FORMULARY_ENGINE", "")
+        asked = os.environ.get("FORMULARY_ENGINE", "") if read_profile() == "cpu" else ""
         name, _, precision = choose_engine(self._var, self._contract, qualified, asked).partition("/")
         self._engine = open_engine(folder, name, precision, 1)
         check_parity(self._engine, folder, self._contract)

@@ -15,8 +15,10 @@ from typing import Any
 from starlette.requests import Request
 
 from imaging.config import Sites
-from imaging.errors import Overloaded, SiteRequired, TooLarge, TooSlow, Unreadable, WrongType
-from imaging.vocabulary import ContentType
+from imaging.errors import NotAcceptable, Overloaded, SiteRequired, TooLarge, TooSlow, Unreadable, WrongType
+from imaging.vocabulary import ContentType, Kind
+from monitoring import telemetry
+from registry.package import Contract
 
 MAX_BODY_BYTES = 32 * 2**20
 DISCARD_BYTES = 8 * MAX_BODY_BYTES
@@ -24,6 +26,11 @@ DISCARD_S = 10.0
 BODY_S = 30.0
 DEADLINE_S = 30.0
 CONTENT_TYPES = frozenset(str(kind) for kind in ContentType)
+FORMS = {
+    "": "", "*/*": "", "application/*": "", "application/json": "", "application/json;mask=rle": "rle",
+    "image/png": "png", "application/x-nifti": "nifti",
+}  # fmt: skip
+MEDIA_TYPES = {"png": "image/png", "nifti": "application/x-nifti"}
 Headers = dict[bytes, bytes]
 
 
@@ -91,6 +98,24 @@ def read_heat(query: bytes) -> bool:
             )
         wanted = True
     return wanted
+
+
+def read_form(headers: Headers, contract: Contract) -> str:
+    """The form of an answer, by Accept: nothing (JSON, masks as PNG in it), rle, png or nifti.
+
+    Raises:
+        NotAcceptable: no answer of this model has that form.
+    """
+    accept = headers.get(b"accept", b"").decode("latin-1").replace(" ", "").lower()
+    forms = (FORMS[name] for wanted in accept.split(",") if (name := wanted.split(";q=")[0]) in FORMS)
+    form = next(forms, None)
+    if form is None:
+        raise NotAcceptable(f"No answer comes as {accept[:60]!r}.", f"Accept {', '.join(list(FORMS)[3:])}.")
+    if form in MEDIA_TYPES and contract.kind is not Kind.SEGMENTATION:
+        raise NotAcceptable(f"{contract.task} answers no mask.", "Accept application/json.")
+    if form == "png" and contract.depth:
+        raise NotAcceptable("The mask of a volume is no PNG.", "Accept application/x-nifti or JSON.")
+    return form
 
 
 def read_deadline(headers: Headers) -> float:
@@ -167,7 +192,8 @@ class Quotas:
     """
 
     def __init__(self, sites: Sites) -> None:
-        self._rates = {name: site.per_second for name, site in sites.sites.items() if site.per_second}
+        told = {name: site.per_second for name, site in sites.sites.items() if site.per_second}
+        self._rates = {name: rate / telemetry.WORKERS for name, rate in told.items()}  # each worker its share
         self._saved = {name: (rate, time.monotonic()) for name, rate in self._rates.items()}
 
     def spend(self, site: str) -> None:
@@ -181,10 +207,9 @@ class Quotas:
             return
         saved, since = self._saved[site]
         now = time.monotonic()
-        saved = min(rate, saved + rate * (now - since))
+        saved = min(max(rate, 1.0), saved + rate * (now - since))
         self._saved[site] = (saved - 1 if saved >= 1 else saved, now)
         if saved < 1:
-            raise Overloaded(
-                f"{site} may ask {rate:g} times a second.", "Ask more slowly; see per_second in sites.yaml.",
-                retry_s=(1 - saved) / rate,
-            )  # fmt: skip
+            fact = f"{site} may ask {rate * telemetry.WORKERS:g} times a second."
+            fix = "Ask more slowly; see per_second in sites.yaml."
+            raise Overloaded(fact, fix, retry_s=(1 - saved) / rate)

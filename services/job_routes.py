@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,10 +90,9 @@ class JobRoutes:
         size = int(declared) if declared.isdigit() else LIMITS[kind]
         if size > LIMITS[kind]:
             raise TooLarge(f"The body is over {LIMITS[kind] // 2**20} MiB.", "Send a smaller one.")
-        await asyncio.to_thread(self._jobs.store.check_room, site, size)
-        draft = await asyncio.to_thread(self._jobs.store.draft)
+        draft = await asyncio.to_thread(self._jobs.store.draft, site, size)
         try:
-            image = await _receive(request, draft / "body", LIMITS[kind])
+            image = await _receive(request, draft / "body", size)
             subject = await asyncio.to_thread(_look, draft / "body", form, contract, kind)
             subject = headers.get(b"x-subject", b"").decode("latin-1") or subject
             job = Job(
@@ -166,6 +166,10 @@ def _read_method(request: Request, kind: JobKind) -> str:
     method = asked.pop("method", str(Method.OCCLUSION)) if kind is JobKind.EXPLANATION else ""
     if asked or (method and method not in tuple(Method)):
         raise Unreadable("The query is not known.", f"Ask /explanations?method={'|'.join(Method)}.")
+    if method == Method.GRADIENT and find_spec("torch") is None:
+        raise WrongType(
+            "This installation has no torch, which a gradient needs.", "Ask with method=occlusion."
+        )
     return method
 
 

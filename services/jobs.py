@@ -7,7 +7,6 @@ that nothing is written twice. Whatever was promised with a 202 survives both: f
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import shutil
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,15 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from imaging.config import Places
-from imaging.errors import NoResult, Overloaded, UnknownJob
+from imaging.errors import NoResult, UnknownJob
 from imaging.recipe import Section
 from imaging.vocabulary import JobKind, JobState
+from services.job_room import alone, check_room, make_draft, read_stat
 
 LOG = logging.getLogger(__name__)
-WAITING = 64  # jobs that are not finished
-WAITING_PER_SITE = 16
-KEPT = 1000
-HELD_BYTES = 4 * 2**30  # of bodies and results
 AGE_S = 24 * 3600.0
 FETCHED_S = 600.0  # a result stays so long after it was first fetched: the connection may have broken
-RETRY_S = 30.0
+DRAFT_S = 1200.0  # longer than any upload may take
 WATCH_S = 1.0
 STOP_S = 20.0
 FINISHED = (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
@@ -111,17 +106,21 @@ class JobStore:
         """The folder of a job: job.json, body, what became of it, and the gateway's marks."""
         return self.folder / number
 
-    def draft(self) -> Path:
-        """A folder for a body that still arrives."""
-        path = self.folder / f"{uuid.uuid4()}.draft"
-        path.mkdir(mode=0o700)
-        return path
+    def draft(self, site: str, size_bytes: int) -> Path:
+        """A folder for a site's body that still arrives, with room for so many bytes.
+
+        Raises:
+            Overloaded: there is no room, see `services.job_room`.
+        """
+        return make_draft(self.folder, site, size_bytes, self.waiting)
 
     def admit(self, job: Job, draft: Path) -> None:
-        """Take a job whose body lies in a draft; it is durable when this returns."""
-        write_whole(draft / "job.json", job.model_dump_json().encode())
-        draft.rename(self.place(job.id))
-        sync_folder(self.folder)
+        """Take a job whose body lies in a draft, if there is room still; it is durable when this returns."""
+        with alone(self.folder):
+            check_room(self.folder, job.site, self.waiting())
+            write_whole(draft / "job.json", job.model_dump_json().encode())
+            draft.rename(self.place(job.id))
+            sync_folder(self.folder)
 
     def write(self, job: Job) -> None:
         """Keep a job's state; of a finished one the body is erased."""
@@ -152,24 +151,6 @@ class JobStore:
                 found.append(self.read(path.name))
         return sorted((job for job in found if job.state not in FINISHED), key=lambda job: job.created)
 
-    def check_room(self, site: str, size_bytes: int) -> None:
-        """Whether one more job may come.
-
-        Raises:
-            Overloaded: too many wait, of everybody or of this site, or too many jobs or bytes are held.
-        """
-        waiting = self.waiting()
-        mine = sum(job.site == site for job in waiting)
-        if len(waiting) >= WAITING or mine >= WAITING_PER_SITE:
-            fact = f"{len(waiting)} jobs wait, {mine} of them of {site}."
-            raise Overloaded(fact, "Ask again later.", retry_s=RETRY_S)
-        folders = list(self.folder.iterdir())
-        files = glob.iglob("*/*", root_dir=self.folder)  # which lets others erase meanwhile
-        held = sum(int(_stat(self.folder / file, "st_size")) for file in files)
-        if held + size_bytes > HELD_BYTES or len(folders) >= KEPT:
-            fact = f"{len(folders)} jobs hold {held // 2**20} MiB of {HELD_BYTES // 2**20}."
-            raise Overloaded(fact, "Fetch results, or ask again later.", retry_s=RETRY_S)
-
     def result(self, job: Job, name: str) -> Path:
         """A file of a finished job; from its first fetch on its days are counted.
 
@@ -194,11 +175,11 @@ class JobStore:
         """Erase what was fetched, what is older than a day, and drafts that nobody writes any more."""
         now = time.time()
         for path in self.folder.iterdir():
-            age = now - _stat(path)
+            age = now - read_stat(path)
             if path.suffix == ".draft":
-                gone = age > AGE_S / 24
+                gone = age > DRAFT_S
             else:
-                gone = age > AGE_S or now - _stat(path / "fetched", absent=now) > FETCHED_S
+                gone = age > AGE_S or now - read_stat(path / "fetched", absent=now) > FETCHED_S
             if gone and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -207,13 +188,6 @@ def miss_job(number: str) -> UnknownJob:
     """What is said of a job that is not there, and of another site's."""
     fix = "Results are erased some minutes after they were fetched, and after a day."
     return UnknownJob(f"There is no job {number[:60]!r}.", fix)
-
-
-def _stat(path: Path, name: str = "st_mtime", absent: float = 0.0) -> float:
-    try:
-        return float(getattr(path.stat(), name))
-    except OSError:
-        return absent
 
 
 def now() -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,7 +21,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from imaging.config import Places, Sites
-from imaging.errors import FormularyError, NotAcceptable, NotReady, Overloaded
+from imaging.errors import FormularyError, NotFinite, NotReady, Overloaded
 from imaging.greedy import GreedyWorker
 from imaging.vocabulary import ContentType, Kind
 from monitoring import telemetry
@@ -34,11 +36,6 @@ from services.slots import Slots
 GROUP = 256
 HELD_BYTES = 512 * 2**20
 QUICK_BYTES = 2**18  # an .npy below this is decoded sooner than another thread would take it up
-FORMS = {
-    "": "", "*/*": "", "application/*": "", "application/json": "", "application/json;mask=rle": "rle",
-    "image/png": "png", "application/x-nifti": "nifti",
-}  # fmt: skip
-MEDIA_TYPES = {"png": "image/png", "nifti": "application/x-nifti"}
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +62,8 @@ class Case:
     image: str = ""
     ran: Ran = field(init=False)
     found: Found | None = None
+    shown: dict[str, Any] = field(default_factory=dict)
+    mask: bytes | None = None
     heat: dict[str, Any] = field(default_factory=dict)
     row: Prediction | None = None
     error: Exception | None = None
@@ -100,6 +99,7 @@ class Predictor:
         self._places, self._slots, self._journal, self._site_of = places, slots, journal, site_of
         self.quotas = guard.Quotas(sites)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self._drawers = ThreadPoolExecutor(2, thread_name_prefix="draw")
         self._finisher: GreedyWorker[Case, None] = GreedyWorker("answers", self._finish, GROUP)
         self._held = 0
         self.draining = self.stopping = False
@@ -107,6 +107,7 @@ class Predictor:
 
     def close(self) -> None:
         """Journal and answer what is on its way, then stop."""
+        self._drawers.shutdown()
         self._finisher.close()
         self._pool.shutdown()
 
@@ -140,34 +141,27 @@ class Predictor:
         study = headers.get(b"x-study") or headers.get(b"x-subject")
         served = self._slots.find(task, site, study.decode("latin-1") if study else None)
         guard.read_content_type(headers)
-        deadline, form, wants_heat = guard.read_deadline(headers), _read_form(headers), guard.read_heat(query)
-        if form in MEDIA_TYPES and served.contract.kind is not Kind.SEGMENTATION:
-            raise NotAcceptable(f"{task} answers no mask.", "Accept application/json.")
+        deadline, wants_heat = guard.read_deadline(headers), guard.read_heat(query)
+        form = guard.read_form(headers, served.contract)
         self.quotas.spend(site)
         _admit(served, deadline)
         done = asyncio.get_running_loop().create_future()
         return Case(asked, served, deadline, form, wants_heat, done, headers)
 
     async def _run(self, case: Case, receive: Receive) -> None:
-        held = 0
-
-        def hold(size: int) -> None:  # of what came: who only announces a body keeps nobody else out
-            nonlocal held
-            held += size
-            self._held += size
-            if self._held > HELD_BYTES:
-                raise Overloaded("Too many bodies are on their way.", "Ask again in a second.")
-
-        try:
-            body = await guard.read_body(receive, case.headers, hold=hold)
-        finally:
-            self._held -= held
-        case.stop("read")
         runner = case.served.runner
-        runner.pending += 1
+        with self._holding() as hold:
+            body = await guard.read_body(receive, case.headers, hold=hold)
+            case.stop("read")
+            _admit(case.served, case.deadline)  # others came while the body did
+            runner.pending += 1
+            try:
+                await self._take(case, body)
+            except BaseException:
+                runner.pending -= 1
+                raise
+        case.stop("decode")
         try:
-            await self._take(case, body)
-            case.stop("decode")
             runner.put(Waiting(case.taken.prepared, case.deadline), lambda *ran: self._ran(case, *ran))
             await case.done
         finally:
@@ -175,6 +169,23 @@ class Predictor:
         case.stop("journal")
         if case.error:
             raise case.error
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        """Counts the bytes of a body until it is decoded; a body that is only announced keeps nobody out."""
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            held += size
+            self._held += size
+            if self._held > HELD_BYTES:
+                raise Overloaded("Too many bodies are on their way.", "Ask again in a second.")
+
+        try:
+            yield hold
+        finally:
+            self._held -= held
 
     async def _take(self, case: Case, body: bytes) -> None:
         """Decode in the loop what is quick, in a thread what is not."""
@@ -194,15 +205,18 @@ class Predictor:
             return self._finisher.put(case, _settled)
         case.ran = ran
         if case.wants_heat or case.served.contract.kind is Kind.SEGMENTATION:
-            self._pool.submit(self._find, case)
+            self._drawers.submit(self._find, case)
         else:
             self._finisher.put(case, _settled)
         return None
 
     def _find(self, case: Case) -> None:
         try:
-            self._read(case)
-            withheld = case.served.heat_withheld
+            found, withheld = self._read(case), case.served.heat_withheld
+            if case.form in guard.MEDIA_TYPES and found.labels is not None:
+                case.mask = write_mask(found.labels, case.form, case.taken.image.spacing_mm)
+            else:
+                case.shown = found.show(case.form)
             if case.wants_heat:
                 case.heat = {"heat": None, "heat_withheld": withheld} if withheld else {
                     "heat": draw_heat(case.ran.answers)}  # fmt: skip
@@ -210,10 +224,13 @@ class Predictor:
             case.error = error
         self._finisher.put(case, _settled)
 
-    def _read(self, case: Case) -> None:
-        case.found = case.found or find(case.taken, case.ran.answers, case.served.contract)
+    def _read(self, case: Case) -> Found:
+        case.found = found = find(case.taken, case.ran.answers, case.served.contract)
+        if not all(map(math.isfinite, found.columns.values())):
+            raise NotFinite("The image's statistics are not finite.", "Send pixels of a usual size.")
         case.stop("findings")
-        case.row = self._row(case, case.found, case.ran)
+        case.shown, case.row = found.answer, self._row(case, found, case.ran)
+        return found
 
     def _finish(self, cases: list[Case]) -> list[None]:
         """Findings of what has none yet, one commit for all, and one word to the event loop."""
@@ -255,28 +272,20 @@ class Predictor:
             "id": row.id, "request_id": row.request_id, "task": row.task, "model": row.task,
             "version": row.version, "package": row.package, "engine": row.engine, "site": row.site,
         }  # fmt: skip
-        if case.form not in MEDIA_TYPES or found.labels is None:
-            answer = {**told, **found.show(case.form), **case.heat, "notice": NOTICE}
+        if case.mask is None:
+            answer = {**told, **case.shown, **case.heat, "notice": NOTICE}
             return Reply(200, orjson.dumps(answer), "application/json", headers)
-        body = write_mask(found.labels, case.form, case.taken.image.spacing_mm)
         headers["x-answer"] = orjson.dumps({**told, **found.answer, "notice": NOTICE}).decode()
-        return Reply(200, body, MEDIA_TYPES[case.form], headers)
+        return Reply(200, case.mask, guard.MEDIA_TYPES[case.form], headers)
 
 
 def _admit(served: Served, deadline: float) -> None:
     """Refuse at once what could not be answered in time, before its body is read."""
     wait_s, runner = served.runner.wait_s(), served.runner
-    if runner.pending >= runner.most_pending or wait_s > deadline - time.monotonic():
+    late = runner.pending > 0 and wait_s > deadline - time.monotonic()  # idle, the pace is a memory
+    if late or runner.pending >= runner.most_pending:
         fact = f"{runner.pending} images wait for {served.contract.task}; an answer takes {wait_s:.2f} s now."
         raise Overloaded(fact, "Ask again later, or more slowly.", retry_s=wait_s)
-
-
-def _read_form(headers: guard.Headers) -> str:
-    accept = headers.get(b"accept", b"").decode("latin-1").replace(" ", "").lower()
-    for wanted in accept.split(","):
-        if (name := wanted.split(";q=")[0]) in FORMS:
-            return FORMS[name]
-    raise NotAcceptable(f"No answer comes as {accept[:60]!r}.", f"Accept {', '.join(list(FORMS)[3:])}.")
 
 
 def _settled(*_: object) -> None:

@@ -129,8 +129,9 @@ class Routes:
         if self.predictor.draining:
             raise NotReady("The service is stopping.", "Ask another one.")
         if not self._slots.table:
-            why = self._slots.refusal or "Promote and approve one: `formulary registry promote`."
-            raise NotReady("No approved version is loaded.", why)
+            why = "" if self.credentials.on else self._slots.loader.refusal  # strangers come here, too
+            fix = why or "See the log, or approve a version: `formulary registry promote`."
+            raise NotReady("No approved version is loaded.", fix)
         return Response("ready\n", media_type="text/plain")
 
     async def metrics(self, _: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -51,7 +52,7 @@ class Runner:
     def __init__(self, engine: Engine, contract: Contract, lanes: int = 1) -> None:
         self._engine, self._contract, self._lanes = engine, contract, lanes
         self._batch_s = self._image_s = 0.0
-        self._running = 0
+        self._running, self._lock = 0, threading.Lock()
         self.pending, self.most_pending = 0, MOST_PENDING * lanes
         self._worker: GreedyWorker[Waiting, Ran] = GreedyWorker(
             f"engine-{contract.task}", self._run, contract.max_batch, bisect=True, lanes=lanes
@@ -89,20 +90,24 @@ class Runner:
             Expired("The deadline passed before an engine was free.", "Ask again later, or allow more time.")
         ] * len(waiting)
         if alive:
-            self._running += len(alive)
+            self._count(len(alive))
             try:
                 answers = self._engine.run(np.stack([waiting[index].prepared for index in alive]))
                 check_answers(answers, self._contract, len(alive))
             except ServingError as error:  # the device's fault and no image's: halving would find nothing
                 return [error] * len(waiting)
             finally:
-                self._running -= len(alive)
+                self._count(-len(alive))
             self._learn(time.monotonic() - now, len(alive))
             for place, index in enumerate(alive):
                 part = slice(place, place + 1)
                 one = Answers(answers.logits[part], answers.heat[part], answers.embedding[part])
                 told[index] = Ran(one, f"{place}:{len(alive)}")
         return told
+
+    def _count(self, images: int) -> None:
+        with self._lock:  # lanes change it at the same time
+            self._running += images
 
     def _learn(self, spent_s: float, count: int) -> None:
         telemetry.BATCH.labels(self._contract.task).observe(count)

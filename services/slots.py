@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from imaging.config import Places, read_params
-from imaging.errors import (
-    Conflict,
-    DeviceMissing,
-    FormularyError,
-    NotApproved,
-    NotReady,
-    Suspended,
-    TrustError,
-    UnknownTask,
-)
-from imaging.vocabulary import Slot, Statement
-from monitoring import telemetry
+from imaging.errors import FormularyError, NotApproved, NotReady, Suspended, TrustError, UnknownTask
+from imaging.vocabulary import Decision, Slot
 from registry.events import Event
-from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
-from registry.package import read_contract, shelf
-from registry.qualified import choose_engine
 from registry.state import Placement, State, Trial
 from registry.trials.plan import takes_canary
-from services.placement import read_devices, stop_devices
-from services.served import Served, load_package, read_profile
-from services.workers import Workers
+from services.loading import Loader, Wanted
+from services.served import Served
 
 LOG = logging.getLogger(__name__)
 POLL_S = 0.25
-GRACE_S = 120.0
-RETRY_S = 10.0
 Key = tuple[str, str]
 Table = dict[Key, "Served"]
 
@@ -50,6 +31,7 @@ class Tables:
         champions: what answers.
         canaries: what answers a share of the studies instead.
         withheld: versions that are approved, but whose package does not hold.
+        opening: versions that are approved and not open yet.
         stopped: the events that suspended a task.
         trials: silent trials that go on.
     """
@@ -58,8 +40,41 @@ class Tables:
     champions: Table = field(default_factory=dict)
     canaries: dict[Key, tuple[Served, float]] = field(default_factory=dict)
     withheld: dict[Key, int] = field(default_factory=dict)
+    opening: dict[Key, int] = field(default_factory=dict)
     stopped: dict[Key, Event] = field(default_factory=dict)
     trials: dict[Key, Trial] = field(default_factory=dict)
+
+
+@dataclass
+class Wishes:
+    """What should be open: `now` what answers, `later` what a rollback would bring back.
+
+    Attributes:
+        task: whose versions they are.
+        renewed: digest -> number of the record that renewed its evidence.
+    """
+
+    task: str = ""
+    renewed: dict[str, int] = field(default_factory=dict)
+    now: list[Wanted] = field(default_factory=list)
+    later: list[Wanted] = field(default_factory=list)
+
+    def wish(self, placed: Placement) -> Wanted:
+        """Want a version now."""
+        self.now.append(self._name(placed))
+        return self.now[-1]
+
+    def wish_later(self, placed: Placement) -> None:
+        """Want a version when the rest is open."""
+        self.later.append(self._name(placed))
+
+    def add(self, other: Wishes) -> None:
+        """Another task's wishes."""
+        self.now += other.now
+        self.later += other.later
+
+    def _name(self, placed: Placement) -> Wanted:
+        return Wanted(self.task, placed.version, placed.digest, self.renewed.get(placed.digest, 0))
 
 
 class Slots:
@@ -73,17 +88,14 @@ class Slots:
     """
 
     def __init__(self, places: Places, engine: str = "") -> None:
-        self._places, self._engine = places, engine
         self._ledger: Ledger = open_ledger(places.var)
         self.tasks = tuple(read_params(places).tasks)
         self.tables = Tables()
-        self._loaded: dict[str, Served] = {}
-        self._unused: dict[str, float] = {}
-        self._refused: dict[str, float] = {}
-        self.refusal = self.head = ""
-        self._workers = Workers(places.var, telemetry.WORKERS)
+        self.loader = Loader(places, self._ledger, engine)
+        self.head = ""
+        self._seen = -1
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._follow, name="slots", daemon=True)
 
     @property
     def table(self) -> Table:
@@ -91,19 +103,18 @@ class Slots:
         return self.tables.champions
 
     def start(self) -> None:
-        """Load what the ledger says, then follow it in the background."""
+        """Open what the ledger says, then follow it in the background."""
         self.refresh()
-        self._thread = threading.Thread(target=self._follow, name="slots", daemon=True)
+        self.loader.start()
+        self.refresh()
         self._thread.start()
 
     def stop(self) -> None:
         """Stop following, and finish what the engines have queued."""
         self._stopped.set()
-        if self._thread:
+        if self._thread.is_alive():
             self._thread.join()
-        for served in self._loaded.values():
-            served.runner.close()
-        stop_devices()
+        self.loader.stop()
 
     def find(self, task: str, site: str, study: str | None = None) -> Served:
         """What answers a task at a site; of a study that a canary takes, the challenger.
@@ -128,8 +139,8 @@ class Slots:
         """Why nothing answers there."""
         if task not in self.tasks:
             return UnknownTask(f"No task {task[:60]!r}.", f"Tasks: {', '.join(self.tasks)}.")
-        if tables.generation < 0:
-            return NotReady("Models are loading.", "Try again in a few seconds.")
+        if tables.generation < 0 or (task, site) in tables.opening:
+            return NotReady("The model is loading.", "Try again in a few seconds.")
         history = f"`formulary registry history {task}`"
         if stop := tables.stopped.get((task, site)):
             fact = f"{task} is suspended at {site}, {stop.at[:16]}, by {stop.actor}: {stop.body['because']}."
@@ -143,105 +154,57 @@ class Slots:
         return NotApproved(fact, f"See {history} for the reasons, or ask the committee.")
 
     def refresh(self) -> None:
-        """Follow the ledger once: load what is new aside, swap the tables, close what nobody uses."""
-        generation, digest = self._ledger.head()
-        self.head = digest
-        self._close_unused()
-        if generation == self.tables.generation and not self._due():
-            return
-        states = {task: self._ledger.state(task) for task in self.tasks}
-        tables = Tables(generation)
-        for task, state in states.items():
-            self._fill(tables, task, state)
-        self._workers.wait_for_all(generation)
-        self.tables = tables
-        self._warm_previous(states)
+        """Follow the ledger once: swap the tables by what is open, and say what should be.
 
-    def _fill(self, tables: Tables, task: str, state: State) -> None:
-        """One task's champions and canaries; of a package that is refused, the one before stays."""
+        Nothing is opened here, so that a suspension or a rollback never waits for a package.
+        """
+        generation, self.head = self._ledger.head()
+        changes = self.loader.changes
+        if (generation, changes) == (self.tables.generation, self._seen) and not self.loader.waits():
+            return
+        tables, wanted = Tables(generation), Wishes()
+        for task in self.tasks:
+            state = self._ledger.state(task)
+            renewals = self._ledger.events(task, Decision.RENEWED)
+            wishes = Wishes(task, {event.body["digest"]: event.seq for event in renewals})
+            self._fill(tables, state, wishes)
+            self._fill_rest(tables, state, wishes)
+            wanted.add(wishes)
+        self.tables, self._seen = tables, changes
+        self.loader.want([*wanted.now, *wanted.later])
+
+    def _fill(self, tables: Tables, state: State, wishes: Wishes) -> None:
+        """One task's champions; until one is open the one before answers, if it still may."""
+        task = wishes.task
         for site, placement in state.champions().items():
-            place = (task, site)
-            served = self._load(task, placement) or self.tables.champions.get(place)
+            place, wanted = (task, site), wishes.wish(placement)
+            served = self.loader.find(wanted) or self._keep(place, state)
             if served:
                 tables.champions[place] = served
-            else:
+            elif self.loader.is_refused(wanted):
                 tables.withheld[place] = placement.version
-        for site in {site for site, held in state.trail.items() if held and state.stopped(site)}:
+            else:
+                tables.opening[place] = placement.version
+        for site in [site for site, held in state.trail.items() if held]:
             if stop := state.stopped(site):
                 tables.stopped[(task, site)] = stop
         tables.trials |= {(task, site): trial for site, trial in state.trials.items()}
+
+    def _fill_rest(self, tables: Tables, state: State, wishes: Wishes) -> None:
+        """One task's canaries, and what a rollback would bring back."""
         for site, canary in state.canaries.items():
-            if (task, site) in tables.champions and (served := self._load(task, canary.placed)):
-                tables.canaries[(task, site)] = served, canary.weight
+            place, served = (wishes.task, site), self.loader.find(wishes.wish(canary.placed))
+            if served and place in tables.champions:
+                tables.canaries[place] = served, canary.weight
+        for slots in state.slots().values():
+            if previous := slots.get(Slot.PREVIOUS):
+                wishes.wish_later(previous)
 
-    def _warm_previous(self, states: dict[str, State]) -> None:
-        """Load what a rollback would bring back, and note what nothing names any more."""
-        wanted = set()
-        for task, state in states.items():
-            for slots in state.slots().values():
-                if previous := slots.get(Slot.PREVIOUS):
-                    wanted.add(previous.digest)
-                    self._load(task, previous)
-        used = {served.digest for served in self.tables.champions.values()}
-        used |= {served.digest for served, _ in self.tables.canaries.values()} | wanted
-        now = time.monotonic()
-        self._unused = {
-            digest: self._unused.get(digest, now) for digest in self._loaded if digest not in used
-        }
-
-    def _due(self) -> bool:
-        """Whether a refused package may be looked at again: somebody may have restored it."""
-        return any(tried < time.monotonic() - RETRY_S for tried in self._refused.values())
-
-    def _close_unused(self) -> None:
-        """End what was swapped out long enough ago that no request can still hold it."""
-        for digest in [one for one, since in self._unused.items() if since < time.monotonic() - GRACE_S]:
-            del self._unused[digest]
-            self._loaded.pop(digest).runner.close()
-
-    def _load(self, task: str, placement: Placement) -> Served | None:
-        """A package once, however many sites use it; None when it is refused."""
-        digest = placement.digest
-        if digest in self._loaded:
-            return self._loaded[digest]
-        tried = self._refused.get(digest)
-        if tried is not None and tried > time.monotonic() - RETRY_S:
-            return None
-        folder = shelf(self._places.var, digest)
-        try:
-            evidence = verify_package(folder, self._ledger)
-            told = evidence.statements.get(Statement.EVALUATION, {})
-            engine = self._choose(folder, evidence.statements.get(Statement.QUALIFICATION, {}))
-            served = load_package(folder, (placement.version, digest), engine, told)
-        except (TrustError, DeviceMissing, NotReady) as error:
-            self._refuse(task, placement, error)
-            return None
-        self._refused.pop(digest, None)
-        self._loaded[digest] = served
-        LOG.info("%s v%d is loaded with %s", task, placement.version, served.engine)
-        return served
-
-    def _choose(self, folder: Path, qualification: dict[str, Any]) -> str:
-        kind = read_devices()[0].partition(":")[0] if read_profile() == "gpu" else "cpu"
-        contract = read_contract(folder)
-        return choose_engine(self._places.var, contract, qualification, self._engine, kind)
-
-    def _refuse(self, task: str, placement: Placement, error: FormularyError) -> None:
-        known = placement.digest in self._refused
-        self._refused[placement.digest] = time.monotonic()
-        self.refusal = str(error)
-        if known:  # told already; one refusal is one incident
-            return
-        telemetry.LOAD_FAILURES.labels(task).inc()
-        LOG.error("%s v%d is refused: %s", task, placement.version, error)
-        if not isinstance(error, TrustError):  # a device that is missing is no question of trust
-            return
-        try:
-            self._ledger.record_incident(
-                error.fact, task, {"version": placement.version, "digest": placement.digest}
-            )
-        except Conflict:
-            LOG.exception("the incident could not be written into the ledger")
+    def _keep(self, place: Key, state: State) -> Served | None:
+        """What answers there now, where it was neither rolled back nor retired."""
+        served = self.tables.champions.get(place)
+        trail = {placed.digest for placed in state.trail.get(place[1], ())} - state.retired
+        return served if served and served.digest in trail else None
 
     def _follow(self) -> None:
         while not self._stopped.wait(POLL_S):

@@ -41,7 +41,10 @@ def trial(task: str, identity: str | None, as_json: bool, truth: Path | None, **
     if truth:
         places, ledger = open_registry()
         act(places, ledger, identity, TRUTH_SCOPE)
-        click.echo(f"{open_rows(places.var).tell_truth(_read_truths(truth))} truths are new.")
+        new, unknown = open_rows(places.var).tell_truth(_read_truths(truth))
+        click.echo(f"{new} truths are new.")
+        if unknown:
+            click.echo(f"No trial has seen {len(unknown)} of the cases, not kept: {', '.join(unknown)}")
     elif stop:
         run_action(ACTIONS["end-trial"], identity, as_json, {"task": task, **given})
     elif looks or not given:

@@ -1,21 +1,20 @@
-"""The workers of one gateway: each says which state of the ledger it has loaded, and all swap together."""
+"""The workers of one gateway: a version answers once each of them has it open."""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
-LOG = logging.getLogger(__name__)
 PATIENCE_S = 15.0
-LOOK_S = 0.01
 
 
 class Workers:
-    """Files of one folder, named by process: 'I have loaded generation n'.
+    """Files of one folder, named by process: which packages it has open.
 
     Args:
         var: of the checkout.
@@ -25,27 +24,37 @@ class Workers:
     def __init__(self, var: Path, count: int) -> None:
         self._count = count
         self._folder = var / "serving" / str(os.getppid())
+        self._since: dict[str, float] = {}
 
-    def wait_for_all(self, generation: int) -> None:
-        """Say that a generation is loaded, and return when every living worker has said so, or after 15 s."""
+    def announce(self, names: Iterable[str]) -> None:
+        """Say what this worker has open."""
+        now = time.monotonic()
+        self._since = {name: self._since.get(name, now) for name in names}
         if self._count == 1:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         mine = self._folder / str(os.getpid())
-        (draft := mine.with_suffix(".draft")).write_text(str(generation))
+        (draft := mine.with_suffix(".draft")).write_text(json.dumps(list(self._since)))
         draft.rename(mine)
-        end = time.monotonic() + PATIENCE_S
-        while late := [path.name for path in self._living() if int(path.read_text()) < generation]:
-            if time.monotonic() > end:
-                LOG.warning("worker %s is late; the others go on", ", ".join(late))
-                break
-            time.sleep(LOOK_S)
+
+    def all_have(self, name: str) -> bool:
+        """Whether every living worker has it open, or this one has waited for the others for 15 s."""
+        if self._count == 1 or self._since.get(name, 0.0) < time.monotonic() - PATIENCE_S:
+            return True
+        return all(name in json.loads(path.read_text()) for path in self._living())
 
     def _living(self) -> list[Path]:
         found = []
-        for path in self._folder.iterdir():
-            if not path.suffix and psutil.pid_exists(int(path.name)):
+        for path in [one for one in self._folder.iterdir() if not one.suffix]:
+            if _is_sibling(int(path.name)):
                 found.append(path)
-            elif not path.suffix:
-                path.unlink(missing_ok=True)  # of a worker that ended; another took its place
+            else:
+                path.unlink(missing_ok=True)  # of a worker that ended, or of another time
         return found
+
+
+def _is_sibling(number: int) -> bool:
+    try:
+        return bool(psutil.Process(number).ppid() == os.getppid())
+    except psutil.NoSuchProcess:
+        return False

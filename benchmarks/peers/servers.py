@@ -90,7 +90,8 @@ def list_stacks(places: Places, model: str, engine: str) -> list[Stack]:
               ready="/health"),
         Stack("bentoml pair", [sys.executable, *bento], *multipart, ready="/readyz",
               settings={**told, "BENTOML_HOME": str(scratch / "bentoml")}),
-        Stack("mlflow", [sys.executable, *flow], records, "application/json", "/invocations", "/ping", told),
+        Stack("mlflow", [sys.executable, *flow], records, "application/json", "/invocations", "/ping",
+              told | {"UVICORN_LOG_LEVEL": "warning", "UVICORN_ACCESS_LOG": "false"}),
         Stack("ray serve", script("ray_serve", str(scratch / "ray")), body, kind, ready="/-/healthz"),
     ]  # fmt: skip
 

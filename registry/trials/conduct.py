@@ -19,7 +19,8 @@ from registry.trials.rows import open_rows
 from registry.trials.stopping import count_needed
 
 TRUTH_SCOPE = Scope.PROMOTE  # of who says what cases really were
-FACTS = ("after_subjects", "cases", "subjects", "labelled", "dropped", "failures", "disagreement", "accuracy")
+FACTS = ("after_subjects", "cases", "subjects", "labelled", "dropped", "failures", "disagreement", "accuracy",
+         "deciding", "needed_at_a_site", "earlier_trials")  # fmt: skip
 
 
 def start_trial(
@@ -112,8 +113,10 @@ def report_trial(desk: Desk, task: str) -> dict[str, Any]:
     plan, body = Plan.model_validate(event.body["plan"]), event.body
     running = [site for site, one in desk.ledger.state(task).trials.items() if one.seq == event.seq]
     told = report(plan, rows.read(event.seq), rows.dropped(event.seq))
+    earlier = sum(one.body["digest"] == body["digest"] for one in started[:-1])
     return {"task": task, "trial": event.seq, "version": body["version"], "started": event.at,
-            "sites_planned": body["sites"], "running_at": running, "plan": body["plan"], **told}  # fmt: skip
+            "sites_planned": body["sites"], "running_at": running, "plan": body["plan"],
+            "earlier_trials": earlier, **told}  # fmt: skip
 
 
 def end_trial(acting: Acting, task: str) -> tuple[Event, dict[str, Any]]:

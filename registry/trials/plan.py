@@ -12,6 +12,7 @@ from imaging.vocabulary import Endpoint
 
 LOOK = 10
 FLAT = WithJsonSchema({"type": "string", "enum": list(Endpoint)})  # OpenAPI follows no reference into a body
+SITE_SUBJECTS = 30  # that decided at a site, or a trial that passed has not passed there
 MOST_WEIGHT = 0.5  # of a canary; who wants more studies answered approves the version
 
 

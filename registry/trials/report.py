@@ -9,7 +9,7 @@ import numpy as np
 
 from imaging.intervals import Estimate
 from imaging.vocabulary import Endpoint, TrialVerdict
-from registry.trials.plan import Plan
+from registry.trials.plan import SITE_SUBJECTS, Plan
 from registry.trials.rows import Shown
 from registry.trials.stopping import Values, estimate_mean, judge_values, value_subjects
 
@@ -33,9 +33,12 @@ def judge(plan: Plan, rows: list[Shown]) -> str:
 
 
 def _value(plan: Plan, rows: list[Shown]) -> tuple[Values, list[int]]:
-    """One value a subject, in the order of the cases, or of the truths where these decide."""
-    chosen = _label(rows) if plan.endpoint is Endpoint.ACCURACY else _count(rows)
-    return value_subjects(*_score(plan, chosen), plan.look)
+    return value_subjects(*_score(plan, _decide(plan, rows)), plan.look)
+
+
+def _decide(plan: Plan, rows: list[Shown]) -> list[Shown]:
+    """What decides, in the order of the cases, or of the truths where these decide."""
+    return _label(rows) if plan.endpoint is Endpoint.ACCURACY else _count(rows)
 
 
 def _count(rows: list[Shown]) -> list[Shown]:
@@ -49,6 +52,12 @@ def _label(rows: list[Shown]) -> list[Shown]:
     )
 
 
+def _count_deciding(plan: Plan, rows: list[Shown], after: int) -> dict[str, int]:
+    """Of the subjects that the verdict rests on, those of each site; who came later had no part in it."""
+    people = dict.fromkeys((row.site, row.subject) for row in _decide(plan, rows))
+    return dict(Counter(site for site, _ in list(people)[:after]))
+
+
 def report(plan: Plan, rows: list[Shown], dropped: int) -> dict[str, Any]:
     """What the rows of a trial say by its plan.
 
@@ -56,7 +65,8 @@ def report(plan: Plan, rows: list[Shown], dropped: int) -> dict[str, Any]:
         JSON: verdict and the sentence that explains it; what was compared; counts of cases, subjects, looks,
         drops, failures, labels; `disagreement` (0 to 1), `positives` and `accuracy` (challenger minus
         champion, -1 to 1), each an estimate with an interval that holds at every look, or null; milliseconds
-        as [median, 99th percentile]; by site; and the ids of the discordant predictions.
+        as [median, 99th percentile]; by site; subjects that decide by site, and how many of them a site needs
+        to have passed; and the ids of the discordant predictions.
     """
     counted, labelled = _count(rows), _label(rows)
     values, ends = _value(plan, rows)
@@ -72,6 +82,7 @@ def report(plan: Plan, rows: list[Shown], dropped: int) -> dict[str, Any]:
         "milliseconds": _time([row for row in rows if not row.failure]),
         "sites": {site: _describe(plan, [row for row in counted if row.site == site])
                   for site in sorted({row.site for row in counted})},
+        "deciding": _count_deciding(plan, rows, after), "needed_at_a_site": SITE_SUBJECTS,
         "discordant": [row.prediction for row in rows if row.difference > plan.margin],
     }  # fmt: skip
 

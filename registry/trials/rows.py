@@ -100,19 +100,25 @@ class TrialRows:
             if dropped:
                 connection.execute(drop, {"at": at, "trial": trial, "cases": dropped})
 
-    def tell_truth(self, truths: dict[str, bool]) -> int:
+    def tell_truth(self, truths: dict[str, bool]) -> tuple[int, list[str]]:
         """Keep what cases really were: prediction id -> positive. What was told before stands.
 
+        A truth of a case that no trial has seen is not kept: the case would later come into the past of a
+        trial, at the truth's place.
+
         Returns:
-            How many are new.
+            How many are new, and the ids that no trial knows.
         """
-        insert = text("INSERT OR IGNORE INTO truths (at, prediction, positive) VALUES (:at, :id, :positive)")
+        insert = text("INSERT INTO truths (at, prediction, positive) VALUES (:at, :id, :positive)")
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        told = [{"at": at, "id": one, "positive": positive} for one, positive in truths.items()]
         with writing(self._engine).begin() as connection:
-            before = connection.execute(text("SELECT COUNT(*) FROM truths")).scalar_one()
-            connection.execute(insert, told)
-            return int(connection.execute(text("SELECT COUNT(*) FROM truths")).scalar_one()) - int(before)
+            seen, known = (set(connection.execute(text(f"SELECT prediction FROM {table}")).scalars())
+                           for table in ("cases", "truths"))  # fmt: skip
+            fresh = (one for one in truths if one in seen and one not in known)
+            new = [{"at": at, "id": one, "positive": truths[one]} for one in fresh]
+            if new:
+                connection.execute(insert, new)
+        return len(new), [one for one in truths if one not in seen]
 
     def read(self, trial: int) -> list[Shown]:
         """Every case of a trial, oldest first."""

@@ -21,7 +21,9 @@ def show_trial(told: dict[str, Any]) -> None:
     plan = told["plan"]
     click.echo(f"Trial {told['trial']} of {told['task']} v{told['version']} since {told['started'][:16]}: "
                f"at most {plan['size']} subjects, margin {plan['margin']:g}, by {plan['endpoint']}, a look "
-               f"every {plan['look']} cases.\n{told['compared']}\n{told['told']}")  # fmt: skip
+               f"every {plan['look']} cases. This version had {told['earlier_trials']} trials before. "
+               f"It passes at most at sites with {told['needed_at_a_site']} deciding subjects or more.\n"
+               f"{told['compared']}\n{told['told']}")  # fmt: skip
     numbers = [[words, tell_estimate(told[name])] for name, words in MEASURES.items()]
     spent = told["milliseconds"] or {}
     numbers += [[f"{name.replace('_', ' ')} ms, median and 99th percentile", f"{one[0]:g}, {one[1]:g}"]
@@ -30,8 +32,9 @@ def show_trial(told: dict[str, Any]) -> None:
     numbers += [[name.replace("_", " "), str(told[name])] for name in counts]
     numbers += [[f"failed: {reason}", str(count)] for reason, count in told["failures"].items()]
     print_table("Numbers", ["what", "value"], numbers)
-    print_table("By site", ["site", "cases", "subjects", "other finding"],
-                [[site, str(one["cases"]), str(one["subjects"]), tell_estimate(one["disagreement"])]
+    print_table("By site", ["site", "cases", "subjects", "deciding", "other finding"],
+                [[site, str(one["cases"]), str(one["subjects"]), str(told["deciding"].get(site, 0)),
+                  tell_estimate(one["disagreement"])]
                  for site, one in told["sites"].items()])  # fmt: skip
     found = told["discordant"]
     print_table(f"Discordant: {len(found)}", ["prediction"], [[one] for one in found[:SHOWN]])

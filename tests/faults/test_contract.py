@@ -4,6 +4,7 @@ import os
 from collections import Counter
 
 import numpy as np
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from tests.tiny_gateway import Gateway, draw_pixels
 
 SOAK = bool(os.environ.get("FORMULARY_SOAK"))
 CASES = 10_000 if SOAK else 500
+pytestmark = pytest.mark.timeout(3600 if SOAK else 600)
 CHECKS = [
     not_a_server_error, checks.response_schema_conformance, checks.status_code_conformance,
     checks.content_type_conformance, checks.response_headers_conformance,
@@ -91,7 +93,6 @@ def test_what_anybody_asks_is_answered_as_the_document_says(apart, token):
     with Gateway(apart) as gateway:
         explorer = Explorer(gateway, token)
         explorer.explore()
-        print(sorted(explorer.told.items()))
         assert not gateway.errors()
 
 
@@ -100,5 +101,4 @@ def test_so_it_is_with_access_control_on(apart):
     with Gateway(apart, FORMULARY_ACCESS="on") as gateway:
         explorer = Explorer(gateway, key)
         explorer.explore()
-        print(sorted(explorer.told.items()))
         assert not gateway.errors()

@@ -254,7 +254,7 @@ def test_windows_of_jobs_that_share_a_package_are_one_batch(places, tmp_path):
     worker._open = listen
     numbers = []
     for number in range(2):
-        draft = store.draft()
+        draft = store.draft("north", 0)
         (draft / "body").write_bytes(as_npy(draw_volume()))
         job = Job(id=str(uuid.uuid4()), kind=JobKind.VOLUME, task="discs", site="north", request_id="r",
                   form=NPY, image="", subject=None, created=f"{number}")  # fmt: skip

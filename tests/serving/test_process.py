@@ -14,7 +14,7 @@ HEAVY = ("mlflow", "monai", "evidently", "great_expectations", "dvc", "torch", "
 def test_the_serving_process_loads_nothing_heavy(gateway, places):
     script = (
         "import sys; import services.gateway as g; from services.slots import Slots\n"
-        "slots = Slots(g.PLACES); slots.refresh(); assert slots.table; slots.stop()\n"
+        "slots = Slots(g.PLACES); slots.start(); assert slots.table; slots.stop()\n"
         f"print(sorted(set(sys.modules) & set({HEAVY!r})))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FORMULARY_ROOT": str(places.root),

@@ -53,3 +53,16 @@ def test_what_is_asked_for_serves_unless_it_failed(tmp_path):
     assert choose_engine(tmp_path, CONTRACT, PASSED, "openvino/f32") == "openvino/f32"
     with pytest.raises(TrustError, match=r"torch/f32 failed the qualification of t: .* by 0\.2\."):
         choose_engine(tmp_path, CONTRACT, PASSED, "torch/f32")
+
+
+def test_a_default_that_failed_gives_way_to_what_passed_and_is_promised_for_the_device(tmp_path):
+    engines = {"openvino/f32": {"passed": False, "reason": "a probability differs by 0.3"},
+               "onnxruntime/f32": {"passed": True}, "torch-cuda/f16": {"passed": True},
+               "openvino/bf16": {"passed": True}}  # fmt: skip
+    told = {"package": DIGEST, "engines": engines}
+    assert choose_engine(tmp_path, CONTRACT, told) == "openvino/bf16"
+    keep(tmp_path, "openvino/f32")
+    assert choose_engine(tmp_path, CONTRACT, told) == "openvino/bf16"
+    silent = CONTRACT.model_copy(update={"tolerance": {"openvino/f32": 0.1, "torch-cuda/f16": 0.1}})
+    with pytest.raises(TrustError, match=r"openvino/f32 failed .* 0\.3\. No engine for cpu passed"):
+        choose_engine(tmp_path, silent, told)

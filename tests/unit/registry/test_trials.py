@@ -15,7 +15,7 @@ from registry.promotion import approve, request
 from registry.registration import register
 from registry.trials.conduct import end_trial, report_trial, set_canary, start_trial
 from registry.trials.plan import Plan, takes_canary
-from registry.trials.report import report
+from registry.trials.report import _decide, report
 from registry.trials.rows import Row, open_rows
 from registry.trials.stopping import (
     count_needed,
@@ -251,13 +251,45 @@ def test_late_truth_decides_where_the_plan_says_so(places):
     rows, plan = open_rows(places.var), Plan(size=300, margin=0.1, endpoint="accuracy")
     see(places, 5, differs=range(0, 200, 4))  # the challenger says no in a quarter
     assert report(plan, rows.read(5), 0)["verdict"] == "running"
-    assert rows.tell_truth({f"p{number}": number % 4 > 0 for number in range(200)}) == 200
-    assert rows.tell_truth({"p0": True}) == 0  # what was told before stands
+    assert rows.tell_truth({f"p{number}": number % 4 > 0 for number in range(200)}) == (200, [])
+    assert rows.tell_truth({"p0": True}) == (0, [])  # what was told before stands
     told = report(plan, rows.read(5), 0)
     assert (told["verdict"], told["labelled"]) == ("passed", 200)
     assert told["accuracy"]["estimate"] == pytest.approx(0.25)
     assert told["accuracy"]["low"] > 0
     assert "truth that came later" in told["compared"]
+
+
+def test_a_truth_told_before_its_case_is_not_kept_and_leaves_the_past_of_a_trial_as_it_was(places):
+    rows, plan = open_rows(places.var), Plan(size=300, margin=0.1, endpoint="accuracy")
+    assert rows.tell_truth({f"p{number}": True for number in range(40)}) == (0, [f"p{n}" for n in range(40)])
+    see(places, 5)
+    assert rows.tell_truth({f"p{number}": True for number in range(100, 140)} | {"q": True}) == (40, ["q"])
+    before = [row.prediction for row in _decide(plan, rows.read(5))]
+    assert rows.tell_truth({f"p{number}": True for number in range(40)})[0] == 40
+    assert [row.prediction for row in _decide(plan, rows.read(5))][:40] == before
+
+
+@pytest.mark.parametrize(("east", "where"), [(29, ["north"]), (30, ["north", "east"])])
+def test_a_trial_is_passed_at_the_sites_that_had_a_part_in_its_verdict(
+    two, places, acting, author, east, where
+):
+    start_trial(acting(author), TASK, 2, PLAN)
+    end_trial(acting(author), TASK)
+    event, _ = start_trial(acting(author), TASK, 2, PLAN)
+    rows = open_rows(places.var)
+    rows.append([Row(event.seq, f"e{n}", "east", f"s{n}", 1, 0.0, True, True, 2.0) for n in range(east)],
+                event.seq)  # fmt: skip
+    see(places, event.seq, subjects=81)
+    late = [Row(event.seq, f"w{n}", "west", f"s{n}", 1, 1.0, True, False, 2.0) for n in range(40)]
+    rows.append(late, event.seq)  # the verdict was there before these
+    told = report_trial(acting(author), TASK)
+    ended, _ = end_trial(acting(author), TASK)
+    assert (told["verdict"], told["earlier_trials"], told["needed_at_a_site"]) == ("passed", 1, 30)
+    assert ended.body["earlier_trials"] == 1
+    assert ended.body["deciding"] == told["deciding"]
+    assert told["deciding"]["east"] == east
+    assert sorted(two.state(TASK).passed) == sorted(where)
 
 
 def test_failures_count_against_the_challenger_and_cases_of_nobody_decide_nothing(places):

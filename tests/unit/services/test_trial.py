@@ -102,6 +102,21 @@ def test_what_a_group_has_no_time_for_is_dropped_and_counted(tmp_path, monkeypat
     assert challenger._rows.dropped(9) == 8
 
 
+def test_a_challenger_runs_on_the_cpu_beside_a_gateway_of_the_gpu(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("services.challenger.verify_package", lambda *_: SimpleNamespace(statements={}))
+    monkeypatch.setattr("services.challenger.read_contract", lambda _: promise(Kind.CLASSIFICATION))
+    monkeypatch.setattr("services.challenger.check_parity", lambda *_: 0.0)
+    monkeypatch.setattr("services.challenger.open_engine", lambda _, *name: asked.append(name[:2]))
+    challenger = Challenger.__new__(Challenger)
+    challenger._told, challenger._var = {"digest": "sha256:" + "7" * 64}, tmp_path
+    for profile, engine in (("gpu", "torch-cuda/f16"), ("cpu", "onnxruntime/f32")):
+        monkeypatch.setenv("FORMULARY_PROFILE", profile)
+        monkeypatch.setenv("FORMULARY_ENGINE", engine)
+        challenger._load()
+    assert asked == [("openvino", "f32"), ("onnxruntime", "f32")]
+
+
 def test_findings_differ_by_yes_or_no_and_masks_by_dice():
     contract = promise(Kind.CLASSIFICATION, classes=("no", "yes"))
     yes, no = (read_finding(contract, np.array([logits], np.float32)) for logits in ([0, 1], [1, 0]))
