@@ -53,6 +53,7 @@ class Loader:
         self._places, self._ledger, self._engine = places, ledger, engine
         self._workers = Workers(places.var, telemetry.WORKERS)
         self._wanted: tuple[Wanted, ...] = ()
+        self._serving: set[int] = set()
         self._open: dict[Wanted, Served] = {}
         self._refused: dict[Wanted, float] = {}
         self._unused: dict[Wanted, float] = {}
@@ -60,9 +61,12 @@ class Loader:
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self.changes, self.refusal = 0, ""
 
-    def want(self, wanted: list[Wanted]) -> None:
-        """Say what should be open, the most urgent first; what nothing wants is closed after two minutes."""
-        self._wanted = tuple(dict.fromkeys(wanted))
+    def want(self, wanted: list[Wanted], serving: list[Served]) -> None:
+        """Say what should be open, the most urgent first.
+
+        What nothing wants, and what is not `serving` for lack of what should, is closed after two minutes.
+        """
+        self._wanted, self._serving = tuple(dict.fromkeys(wanted)), {id(served) for served in serving}
         self._asked.set()
 
     def find(self, wanted: Wanted) -> Served | None:
@@ -105,13 +109,17 @@ class Loader:
         while not self._stopped.is_set():
             self._asked.wait(1.0)
             self._asked.clear()
-            self.open_all()
-            self._close_unused()
+            try:
+                self.open_all()
+                self._close_unused()
+            except Exception:  # e.g. the ledger takes no incident; the next look is a second away
+                LOG.exception("packages could not be opened")
 
     def _close_unused(self) -> None:
         """End what was swapped out so long ago that no request can still hold it; forget old refusals."""
         wanted, now = set(self._wanted), time.monotonic()
-        self._unused = {one: self._unused.get(one, now) for one in self._open if one not in wanted}
+        idle = [one for one, served in self._open.items() if id(served) not in self._serving]
+        self._unused = {one: self._unused.get(one, now) for one in idle if one not in wanted}
         for one in [one for one, since in self._unused.items() if since < now - GRACE_S]:
             self._open.pop(one).runner.close()
         for one in [one for one in self._refused if one not in wanted]:
@@ -123,7 +131,7 @@ class Loader:
             evidence = verify_package(folder, self._ledger)
             told = evidence.statements.get(Statement.EVALUATION, {})
             engine = self._choose(folder, evidence.statements.get(Statement.QUALIFICATION, {}))
-            self._open[wanted] = load_package(folder, (wanted.version, wanted.digest), engine, told)
+            served = load_package(folder, (wanted.version, wanted.digest), engine, told)
         except FormularyError as error:
             self._refuse(wanted, error)
         except Exception as error:  # whatever an engine raises is this package's matter, and no other's
@@ -133,8 +141,9 @@ class Loader:
             )
         else:
             self._refused.pop(wanted, None)
-            self._workers.announce(_name(one) for one in [*self._open])
-            LOG.info("%s v%d is loaded with %s", wanted.task, wanted.version, self._open[wanted].engine)
+            self._workers.announce(_name(one) for one in [*self._open, wanted])
+            self._open[wanted] = served
+            LOG.info("%s v%d is loaded with %s", wanted.task, wanted.version, served.engine)
         self.changes += 1
 
     def _choose(self, folder: Path, qualification: dict[str, Any]) -> str:

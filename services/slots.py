@@ -171,7 +171,8 @@ class Slots:
             self._fill_rest(tables, state, wishes)
             wanted.add(wishes)
         self.tables, self._seen = tables, changes
-        self.loader.want([*wanted.now, *wanted.later])
+        serving = [*tables.champions.values(), *(served for served, _ in tables.canaries.values())]
+        self.loader.want([*wanted.now, *wanted.later], serving)
 
     def _fill(self, tables: Tables, state: State, wishes: Wishes) -> None:
         """One task's champions; until one is open the one before answers, if it still may."""
