@@ -6,7 +6,7 @@ WHEELS := $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse,)
 .PHONY: demo test fast check up repro study bench soak docs clean wheelhouse
 
 demo: .venv/ready ; formulary demo
-test: .venv/dev ; deploy/debian.sh ; python -m pytest -q $(ARGS)
+test: .venv/dev ; deploy/debian.sh ; OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile $(ARGS)
 fast: .venv/dev ; OMP_NUM_THREADS=1 python -m pytest -q -n 2 tests/unit tests/house
 check: .venv/dev
 	ruff format --check . && ruff check . && mypy && lint-imports --no-cache && python -m pytest -q tests/house
