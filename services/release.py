@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from imaging.config import Places
 from imaging.errors import ConfigError, DataError, NotApproved, Refused
@@ -160,9 +162,6 @@ def pin_requirements(lock: list[str], names: tuple[str, ...]) -> list[str]:
     Raises:
         ConfigError: the lock lacks one.
     """
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
     pins = {canonicalize_name(line.split("==")[0]): line for line in lock if "==" in line}
     wanted, found = [Requirement(name) for name in names], dict[str, str]()
     while wanted:
@@ -173,9 +172,14 @@ def pin_requirements(lock: list[str], names: tuple[str, ...]) -> list[str]:
         if name not in found:
             needed = [Requirement(line) for line in requires(asked.name) or []]
             needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-            wanted += [one for one in needed if one.name != "setuptools"]  # a lock does not list it
+            wanted += [one for one in needed if not _is_left_out(name, one, pins)]
         found[name] = pins[name]
     return [found[name] for name in sorted(found)]
+
+
+def _is_left_out(name: str, needed: Requirement, pins: dict[str, str]) -> bool:
+    """What a lock does not list: setuptools, and what a CUDA build of torch brings by pins of its own."""
+    return canonicalize_name(needed.name) not in pins and (name == "torch" or needed.name == "setuptools")
 
 
 def unpack_release(places: Places) -> None:

@@ -163,11 +163,21 @@ def test_a_lock_without_something_that_serving_needs_is_refused():
         pin_requirements(["pydantic==1.0"], ("numpy",))
 
 
+def test_what_a_cuda_build_of_torch_brings_by_its_own_pins_is_left_to_it(monkeypatch):
+    told = {"torch": ["triton==3.7.0; platform_system == 'Linux'", "sympy>=1.13", "setuptools"], "sympy": []}
+    monkeypatch.setattr("services.release.requires", told.get)
+    lock = ["torch==2.13.0", "sympy==1.14.0"]
+    assert pin_requirements(lock, ("torch",)) == ["sympy==1.14.0", "torch==2.13.0"]
+    told["numpy"] = ["triton"]
+    with pytest.raises(ConfigError, match="no triton"):
+        pin_requirements([*lock, "numpy==2.0"], ("numpy",))
+
+
 def test_a_changed_package_is_not_served_from_a_release(places, released, tmp_path):
     source = tmp_path / "src"
     shutil.copytree(released / "bento" / "src", source)
     with tarfile.open(source / ARCHIVE) as archive:
-        archive.extractall(tmp_path / "taken", filter="data")
+        archive.extractall(tmp_path / "taken")
     events = (tmp_path / "taken" / "events.jsonl").read_text()
     (tmp_path / "taken" / "events.jsonl").write_text(events.replace("author@test", "another@test", 1))
     with tarfile.open(source / ARCHIVE, "w") as archive:
