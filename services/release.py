@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from imaging.config import Places
 from imaging.errors import ConfigError, DataError, NotApproved, Refused
@@ -177,7 +178,7 @@ def pin_requirements(lock: list[str], names: tuple[str, ...]) -> list[str]:
     return [found[name] for name in sorted(found)]
 
 
-def _is_left_out(name: str, needed: Requirement, pins: dict[str, str]) -> bool:
+def _is_left_out(name: str, needed: Requirement, pins: Mapping[NormalizedName, str]) -> bool:
     """What a lock does not list: setuptools, and what a CUDA build of torch brings by pins of its own."""
     return canonicalize_name(needed.name) not in pins and (name == "torch" or needed.name == "setuptools")
 
