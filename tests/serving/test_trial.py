@@ -127,8 +127,8 @@ def test_the_report_stops_the_trial_and_a_canary_follows(places, gateway):
     assert "without any truth" in running["compared"]
     command(places, "trial", "nodes", "--stop", "--because", "Too strict.", "--identity", "author@test")
     gateway.wait(lambda: not challengers(gateway))
-    begun = command(places, "trial", "nodes", "2", "--size", "400", "--margin", "0.1", "--because", "A test.",
-                    "--identity", "author@test")  # fmt: skip
+    begun = command(places, "trial", "nodes", "2", "--size", "400", "--margin", "0.5", "--look", "40",
+                    "--because", "A test.", "--identity", "author@test")  # fmt: skip
     numbers = iter(range(1000, 1400))
     while command(places, "trial", "nodes")["verdict"] == "running":
         for number in itertools.islice(numbers, 30):
