@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import random
+import struct
 import warnings
 
 import nibabel as nib
@@ -156,3 +157,11 @@ def test_a_nifti_that_lies_oblique_or_nowhere_is_refused():
     nowhere[252:256] = bytes(4)  # qform_code and sform_code
     with pytest.raises(WrongShape, match="how it lies"):
         decode(bytes(nowhere), ContentType.NIFTI)
+
+
+def test_a_dicom_object_of_countless_elements_is_refused_before_they_are_read():
+    body = encode(np.zeros((8, 8), np.int16), ContentType.DICOM, 1.0, "CT")
+    place = body.index(struct.pack("<HH", 0x08, 0x60))
+    empty = b"".join(struct.pack("<HH2sH", 9, 0x1000 + n % 0xFFF, b"LO", 0) for n in range(60_000))
+    with pytest.raises(TooLarge, match="too many elements"):
+        decode(body[:place] + empty + body[place:], ContentType.DICOM)

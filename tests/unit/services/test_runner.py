@@ -3,13 +3,15 @@
 import threading
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from imaging.errors import Expired, TrustError
+from imaging.errors import Expired, Overloaded, TrustError
 from imaging.vocabulary import Kind
 from registry.engines import Answers
+from services.prediction import _admit
 from services.runner import Runner, Waiting
 from tests.tiny import promise
 
@@ -136,3 +138,16 @@ def test_two_lanes_run_two_batches_at_once(engine):
     asked = [running.submit(draw(value, running)) for value in (1, 2)]
     assert [future.result(10).logits[0, 0] for future in asked] == [1, 2]
     running.close()
+
+
+def test_nobody_is_refused_for_the_memory_of_a_slow_batch_when_nobody_waits():
+    runner = SimpleNamespace(wait_s=lambda: 5.0, pending=0, most_pending=48)
+    served = SimpleNamespace(runner=runner, contract=SimpleNamespace(task="t"))
+    _admit(served, time.monotonic() + 1)
+    runner.pending = 1
+    with pytest.raises(Overloaded, match=r"5\.00 s"):
+        _admit(served, time.monotonic() + 1)
+    _admit(served, time.monotonic() + 10)
+    runner.pending = 48
+    with pytest.raises(Overloaded):
+        _admit(served, time.monotonic() + 10)
