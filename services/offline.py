@@ -56,7 +56,7 @@ def predict_file(
     served = load_package(folder, (number, digest), engine, told)
     try:
         taken = take(body, content_type, served.contract)
-        answers = served.runner.submit(taken.prepared).result()
+        answers = served.runner.submit(taken.prepared).result().answers
     finally:
         served.runner.close()
     found = find(taken, answers, served.contract)

@@ -112,7 +112,7 @@ def _validation_pixels(places: Places, task: str) -> list[tuple[NDArray[Any], fl
 async def _check_case(client: Any, served: Served, case: tuple[NDArray[Any], float, str]) -> None:
     pixels, spacing, site = case
     contract = served.contract
-    direct = served.runner.submit(prepare(pixels.astype(np.float32), contract.preparation)).result()
+    direct = served.runner.submit(prepare(pixels.astype(np.float32), contract.preparation)).result().answers
     expected = contract.probabilities(direct.logits)[0]
     for kind in lossless_types(pixels):
         body = encode(pixels, kind, spacing, contract.modality, contract.png_offset)

@@ -62,18 +62,9 @@ class Runner:
         """Queue an image; `settle` is called in an engine's thread."""
         self._worker.put(waiting, settle)
 
-    def submit(self, prepared: NDArray[np.float32], deadline: float = math.inf) -> Future[Answers]:
-        """Queue an image; the future has the answers of a batch of one."""
-        future: Future[Answers] = Future()
-
-        def settle(ran: Ran | None, error: Exception | None) -> None:
-            if ran:
-                future.set_result(ran.answers)
-            else:
-                future.set_exception(error)
-
-        self._worker.put(Waiting(prepared, deadline), settle)
-        return future
+    def submit(self, prepared: NDArray[np.float32]) -> Future[Ran]:
+        """Queue an image that has all the time in the world."""
+        return self._worker.submit(Waiting(prepared, math.inf))
 
     def wait_s(self) -> float:
         """How long an image that is put now will wait for the engine's answer, by the pace of late."""

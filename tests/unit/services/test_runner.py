@@ -68,7 +68,7 @@ def test_what_waits_while_the_engine_works_is_the_next_batch(engine, runner):
     time.sleep(0.1)
     rest = [runner.submit(draw(value, runner)) for value in range(2, 14) if value != POISON]
     engine.free.set()
-    answers = [future.result(10).logits[0, 0] for future in [first, *rest]]
+    answers = [future.result(10).answers.logits[0, 0] for future in [first, *rest]]
     assert answers == list(range(1, 13))
     assert engine.sizes == [1, 8, 3]
 
@@ -90,9 +90,9 @@ def test_a_poisoned_image_fails_alone(engine, runner):
     time.sleep(0.1)
     asked = {value: runner.submit(draw(value, runner)) for value in (2, 3, POISON, 4, 5)}
     engine.free.set()
-    assert first.result(10).logits[0, 0] == 1
+    assert first.result(10).answers.logits[0, 0] == 1
     assert isinstance(asked.pop(POISON).exception(10), ValueError)
-    assert [future.result(10).logits[0, 0] for future in asked.values()] == [2, 3, 4, 5]
+    assert [future.result(10).answers.logits[0, 0] for future in asked.values()] == [2, 3, 4, 5]
 
 
 def test_what_is_late_is_told_so_and_never_run(engine, runner):
@@ -136,7 +136,7 @@ def test_two_lanes_run_two_batches_at_once(engine):
     run = engine.run
     engine.run = lambda batch: (together.wait(10), run(batch))[1]
     asked = [running.submit(draw(value, running)) for value in (1, 2)]
-    assert [future.result(10).logits[0, 0] for future in asked] == [1, 2]
+    assert [future.result(10).answers.logits[0, 0] for future in asked] == [1, 2]
     running.close()
 
 
