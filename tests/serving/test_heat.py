@@ -61,6 +61,15 @@ def test_a_map_that_failed_or_was_never_audited_is_withheld(places, tmp_path, ev
     assert "probabilities" in told
 
 
+@pytest.mark.parametrize("evaluation", [PASSED, FAILED])
+def test_explain_cam_is_another_name_for_it(places, tmp_path, evaluation):
+    first, second = (ask(places, tmp_path, evaluation, query).json() for query in ("?heat=1", "?explain=cam"))
+    assert {name: second.get(name) for name in ("heat", "heat_withheld")} == {
+        name: first.get(name) for name in ("heat", "heat_withheld")
+    }
+    assert bool(second["heat"]) is (evaluation is PASSED)
+
+
 def test_nobody_gets_a_map_that_was_not_asked_for(places, tmp_path):
     for query in ("", "?heat=0"):
         assert "heat" not in ask(places, tmp_path, PASSED, query).json()
