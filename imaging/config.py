@@ -50,11 +50,13 @@ class Site(Section):
 
     Attributes:
         per_second: predictions that it may ask for each second; as many as it likes unless told.
+        keep_days: for how many days its pixels are kept, encrypted, for the console; 0 keeps none.
     """
 
     kind: SiteKind
     title: str
     per_second: float | None = Field(default=None, ge=1)
+    keep_days: int = Field(default=0, ge=0, le=365)
 
 
 class Sites(Section):

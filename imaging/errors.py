@@ -4,6 +4,7 @@ FormularyError
 ├── ConfigError            a decision in YAML that cannot be read
 │   └── UnknownTask        no such section in params.yaml
 ├── DataError              a cohort, manifest or stage output that is not what it must be
+│   └── WrongLabel         a truth that cannot be kept
 ├── ImageError             an image that cannot be answered
 │   ├── TooLarge           more bytes or pixels than the limit
 │   ├── TooSlow            a body that did not arrive in time
@@ -30,6 +31,7 @@ FormularyError
     ├── Overloaded         more is asked than can be answered in time, or than the site may ask
     ├── Expired            the deadline passed before the answer was there
     ├── UnknownJob         no such job of this site, or it was erased
+    ├── UnknownPrediction  no such answer of this site
     ├── NoResult           a job that is not done
     └── JournalDown        the journal cannot take a row, so no answer may leave
 """
@@ -63,6 +65,12 @@ class DataError(FormularyError):
     """A cohort, manifest or stage output that is not what it must be."""
 
     title = "The data are not what they must be"
+
+
+class WrongLabel(DataError):
+    """A truth that cannot be kept."""
+
+    title = "This label cannot be kept"
 
 
 class ImageError(FormularyError):
@@ -223,6 +231,12 @@ class UnknownJob(ServingError):
     """No such job of this site, or it was erased."""
 
     title = "No such job"
+
+
+class UnknownPrediction(ServingError):
+    """No such answer of this site."""
+
+    title = "No such prediction"
 
 
 class NoResult(ServingError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ class Image:
         spacing_mm: (row, column) distance of pixel centres in mm, or None when the file does not say.
         modality: DICOM's word for the machine, or None when the file does not say.
         subject: the file's own patient number, or None. Never stored or logged in the clear.
+        acquisition: how it was made, by the file's header: words of `ACQUISITION`, short and plain.
     """
 
     pixels: Pixels
     spacing_mm: tuple[float, float] | None = None
     modality: str | None = None
     subject: str | None = None
+    acquisition: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is not one finite image.
@@ -51,6 +53,11 @@ class Image:
             )
 
 
+ACQUISITION = {
+    "make": "Manufacturer", "model": "ManufacturerModelName", "kernel": "ConvolutionKernel", "kvp": "KVP",
+    "thickness_mm": "SliceThickness", "field_t": "MagneticFieldStrength", "sequence": "ScanningSequence",
+    "contrast_agent": "ContrastBolusAgent",
+}  # fmt: skip
 STATISTICS = ("background", "median", "bright", "contrast", "noise", "sharpness")
 COLOURS = ("red", "blue")
 ENOUGH_PIXELS = 2**14

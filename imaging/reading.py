@@ -6,6 +6,7 @@ import functools
 import gzip
 import io
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from imaging.errors import ImageError, TooLarge, Unreadable, WrongShape, WrongType
-from imaging.image import Image
+from imaging.image import ACQUISITION, Image
 from imaging.vocabulary import ContentType
 
 MAX_PIXELS = 4096 * 4096
@@ -211,7 +212,16 @@ def _open_dicom(data: Any) -> Image:
         spacing_mm=(float(spacing[0]), float(spacing[1])) if spacing else None,
         modality=str(data.get("Modality", "")) or None,
         subject=str(data.get("PatientID", "")) or None,
+        acquisition=_acquisition(data),
     )
+
+
+def _acquisition(data: Any) -> dict[str, str]:
+    """What the header says of how it was made; no word of the patient, and only plain characters."""
+    told = {name: str(data.get(keyword, "") or "") for name, keyword in ACQUISITION.items()}
+    plain = {name: re.sub(r"[^A-Za-z0-9 ._+-]", " ", value)[:32].strip() for name, value in told.items()}
+    plain["contrast_agent"] = "yes" if plain["contrast_agent"] else ""  # the name of a drug is free text
+    return {name: value for name, value in plain.items() if value}
 
 
 def _upright(data: Any) -> None:

@@ -108,6 +108,9 @@ class Decision(StrEnum):
     SUSPENDED = "suspended"
     RESUMED = "resumed"
     RETIRED = "retired"
+    ALARMED = "alarmed"
+    ACKNOWLEDGED = "acknowledged"
+    PROFILED = "profiled"
     EXPORTED = "exported"
     INCIDENT = "incident"
 
@@ -135,6 +138,7 @@ class Scope(StrEnum):
     REGISTER = "register"
     APPROVE = "approve"
     PROMOTE = "promote"
+    CONTAIN = "contain"
     READ_AUDIT = "read-audit"
     KEYS = "keys"
 
@@ -209,3 +213,61 @@ class Method(StrEnum):
 
     OCCLUSION = "occlusion"
     GRADIENT = "gradient"
+
+
+class Unit(StrEnum):
+    """What a control chart takes as one value: a subject, or the mean of a day where days differ."""
+
+    SUBJECT = "subject"
+    DAY = "day"
+
+
+class Containment(StrEnum):
+    """What an alarm does to its site."""
+
+    NOTIFY = "notify"
+    SUSPEND = "suspend"
+    FALLBACK = "fallback"
+
+
+class Contained(StrEnum):
+    """What became of an alarm."""
+
+    NOTIFIED = "notified"
+    SUSPENDED = "suspended"
+    FELL_BACK = "fell back"
+    ALREADY = "suspended already"
+    OTHER = "another version serves"
+    NO_KEY = "no key"
+
+
+class Part(StrEnum):
+    """What is watched, in the words of the pages; each stream belongs to one part."""
+
+    ACQUISITION = "acquisition"
+    PIXELS = "pixels"
+    EMBEDDING = "embedding"
+    SCORES = "scores"
+    UNCERTAINTY = "uncertainty"
+    REFUSALS = "refusals"
+    LATENCY = "latency"
+    DISCORDANCE = "discordance"
+    TRUTH = "truth"
+
+
+class Judged(StrEnum):
+    """What a reader, or a label that came late, says of an answer."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    CORRECTED = "corrected"
+    LABELLED = "labelled"
+
+
+class Accuracy(StrEnum):
+    """How far an estimate of accuracy without labels may be believed."""
+
+    VERIFIED = "verified"
+    NOT_VERIFIED = "not verified"
+    NOT_VALID = "not valid"
+    TOO_FEW = "not enough cases"

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from registry.database import open_database, writing
 
 INSERT = (
     "INSERT INTO predictions (id, at, request_id, task, site, version, package, engine, subject, image, "
-    "columns, stages_ms, answer, batch) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "columns, stages_ms, answer, batch, acquisition) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 
@@ -49,6 +49,7 @@ class Prediction:
         stages_ms: how long each stage took.
         answer: sha256 of what was answered, for a replay.
         batch: which place of a batch of which size the image had, e.g. 3:32.
+        acquisition: how the image was made, by its header.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Prediction:
     stages_ms: dict[str, float]
     answer: str = ""
     batch: str = ""
+    acquisition: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class Journal:
         self._engine = engine
         self._file = self._identify()
 
+    @property
+    def engine(self) -> Engine:
+        """The database, for whoever reads other tables of it."""
+        return self._engine
+
     def append(self, rows: Sequence[Prediction]) -> None:
         """Write rows in one transaction, durable when this returns.
 
@@ -111,7 +118,8 @@ class Journal:
         at, start = _now(), time.perf_counter()
         self._write(INSERT, [
             (row.id, at, row.request_id, row.task, row.site, row.version, row.package, row.engine,
-             row.subject, row.image, _dump(row.columns), _dump(row.stages_ms), row.answer, row.batch)
+             row.subject, row.image, _dump(row.columns), _dump(row.stages_ms), row.answer, row.batch,
+             orjson.dumps(row.acquisition).decode())
             for row in rows
         ])  # fmt: skip
         telemetry.JOURNAL_COMMIT.observe(time.perf_counter() - start)
@@ -124,6 +132,11 @@ class Journal:
             "AND (:site IS NULL OR site = :site)"
         )
         return int(self._read(query, task=task, site=site)[0]["last"])
+
+    def cursor(self, name: str) -> int:
+        """How far a reader of the journal has come: number of the newest row that it counted; 0 at first."""
+        rows = self._read(text("SELECT seq FROM cursors WHERE name = :name"), name=name)
+        return int(rows[0]["seq"]) if rows else 0
 
     def read_window(self, task: str, site: str, version: int, subjects: int) -> list[dict[str, Any]]:
         """The newest image of each of the newest subjects, oldest first: one row a subject.
@@ -154,10 +167,8 @@ class Journal:
             "(:site IS NULL OR site = :site) ORDER BY seq DESC LIMIT :limit"
         )
         rows = self._read(query, task=task, site=site, limit=limit)
-        return [
-            {**row, "columns": json.loads(row["columns"]), "stages_ms": json.loads(row["stages_ms"])}
-            for row in reversed(rows)
-        ]
+        parsed = ("columns", "stages_ms", "acquisition")
+        return [{**row, **{name: json.loads(row[name]) for name in parsed}} for row in reversed(rows)]
 
     def find(self, number: str) -> dict[str, Any] | None:
         """The prediction of this id as it stands; None when there is none."""

@@ -12,7 +12,9 @@ from imaging.errors import DataError
 from imaging.image import COLOURS, STATISTICS
 from imaging.vocabulary import Kind
 from registry.package import Contract
+from registry.projection import AXES
 
+SMALLEST_REFERENCE = 20  # subjects
 FACTS = ("sha256", "subject", "site", "split")
 
 
@@ -54,15 +56,16 @@ def write_reference(rows: list[dict[str, Any]], columns: tuple[str, ...], path: 
     """Write reference.parquet, one row an image, the same bytes in every process."""
     import pandas as pd
 
-    table = pd.DataFrame(rows, columns=[*FACTS, *columns])
+    axes = [name for name in AXES if rows and name in rows[0]]
+    table = pd.DataFrame(rows, columns=[*FACTS, *columns, *axes])
     table.sort_values(["site", "subject", "sha256"]).to_parquet(path, index=False)
 
 
-def read_reference(package: Path, site: str, columns: tuple[str, ...]) -> Any:
+def read_reference(package: Path, site: str, columns: tuple[str, ...], axes: tuple[str, ...] = ()) -> Any:
     """The reference of one site, one row a subject: their first image, since a live row is one image too.
 
     Returns:
-        A pandas DataFrame with the columns.
+        A pandas DataFrame with the columns, and the axes of embeddings that it has.
 
     Raises:
         DataError: the package's reference lacks a column.
@@ -73,4 +76,25 @@ def read_reference(package: Path, site: str, columns: tuple[str, ...]) -> Any:
     missing = set(columns) - set(table.columns)
     if missing:
         raise DataError(f"reference.parquet lacks {sorted(missing)}.", "Build the package again.")
-    return table[table["site"] == site].drop_duplicates("subject")[list(columns)].reset_index(drop=True)
+    names = [*columns, *(name for name in axes if name in table)]
+    return table[table["site"] == site].drop_duplicates("subject")[names].reset_index(drop=True)
+
+
+def read_table(package: Path, site: str) -> dict[str, NDArray[np.float64]]:
+    """Column -> values of a site's reference, one a subject; {} where there is none. Needs no pandas."""
+    import pyarrow.parquet as parquet
+
+    path = package / "reference.parquet"
+    if not path.exists():
+        return {}
+    table = parquet.read_table(path, filters=[("site", "=", site)])
+    _, first = np.unique(np.array(table["subject"].to_pylist(), dtype=str), return_index=True)
+    rows = np.sort(first)
+    return {name: table[name].to_numpy()[rows] for name in table.column_names if name not in FACTS}
+
+
+def read_axes(package: Path, site: str) -> NDArray[np.float64] | None:
+    """Embeddings of a site's reference, (subjects, axes), one row a subject; None of an old package."""
+    told = read_table(package, site)
+    names = [name for name in AXES if name in told]
+    return np.column_stack([told[name] for name in names]) if names and len(told[names[0]]) else None

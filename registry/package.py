@@ -21,6 +21,7 @@ from imaging.recipe import Section
 from imaging.vocabulary import Kind, Modality
 
 PROGRAM = "program.pt2"  # what an import of ONNX does not have
+PROJECTION = "projection.npz"  # what a package from before surveillance does not have
 FILES = (
     "contract.json",
     "weights.safetensors",
@@ -28,6 +29,7 @@ FILES = (
     PROGRAM,
     "golden.npz",
     "reference.parquet",
+    PROJECTION,
 )
 
 
@@ -53,10 +55,11 @@ def digest_files(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise TrustError(f"There is no package at {folder}.", "Run `dvc repro`, or restore var/packages.")
     found = {path.name for path in folder.iterdir()}
-    if found | {PROGRAM} != set(FILES):
+    if found | {PROGRAM, PROJECTION} != set(FILES):
         raise TrustError(
             f"The package {folder.name} has missing or added files: {sorted(found ^ set(FILES))}.",
-            f"A package has exactly {', '.join(FILES)}; one that came as ONNX has no {PROGRAM}.",
+            f"A package has exactly {', '.join(FILES)}; one that came as ONNX has no {PROGRAM}, an old one "
+            f"no {PROJECTION}.",
         )
     if any(not (folder / name).is_file() or (folder / name).is_symlink() for name in found):
         raise TrustError(f"The package {folder.name} holds a link or a folder.", "Copy the files themselves.")

@@ -16,6 +16,7 @@ from imaging.recipe import Section
 from imaging.vocabulary import Spending, Statement
 from registry.changes import Clause
 from registry.comparison import is_paired
+from registry.surveillance import Surveillance
 
 METRICS = (*LARGER, *SMALLER, *LINE)
 UP_TO_ONE = (*LARGER, "brier", "calibration_error")
@@ -136,6 +137,7 @@ class Policy(Section):
         statements: what must be signed.
         approvers: identities that may approve; empty means anyone but the author and the asker.
         foreign_alias: what becomes of an alias in MLflow that the ledger does not know.
+        surveillance: what monitoring promises, and what an alarm does.
         changes: the change-control plan; empty leaves everything to the gate.
     """
 
@@ -154,6 +156,7 @@ class Policy(Section):
     statements: tuple[Statement, ...]
     approvers: tuple[str, ...] = ()
     foreign_alias: Literal["revert", "report"] = "revert"
+    surveillance: Surveillance = Surveillance()
     changes: tuple[Clause, ...] = ()
 
     @model_validator(mode="after")

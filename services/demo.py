@@ -16,11 +16,11 @@ from imaging.config import Params, Places, Sites
 from imaging.errors import DataError, NotReady
 from monitoring.journal import open_journal
 from registry.ledger import open_ledger
-from services.demo_report import print_table, write_pages
+from services.demo_report import print_table, read_alarms, write_pages
 from services.stack import PORTS, Stack, free_port, is_free, stack_environment
 from services.traffic import Answered, send_traffic
 
-AUTHOR, APPROVER = "author@demo", "approver@demo"
+AUTHOR, APPROVER, MONITOR = "author@demo", "approver@demo", "monitor"
 SUBJECTS, CHANGE_AT = 200, 100
 
 
@@ -141,7 +141,7 @@ class Demo:
 
     def _promote(self) -> dict[str, dict[str, Any]]:
         """Register, ask and approve each task's version; a refusal by the gate is work done."""
-        for identity in (AUTHOR, APPROVER):
+        for identity in (AUTHOR, APPROVER, MONITOR):
             self._command("registry", "keys", "create", "--identity", identity)
         gates = {}
         for task in self._follow(self._tasks):
@@ -191,10 +191,11 @@ class Demo:
                     address, (task, self._params.task(task)), folder, lambda bar=bar: progress.advance(bar)
                 )
         self._check_answers(answers, serving)
-        self._say("monitor", "Evidently compares each site with its reference")
+        self._say("monitor", "charts look for what changed; Evidently compares each site with its reference")
         verdicts = self._wait_for_verdicts(answers, before)
         self._wait_for_mirror()
-        return {"answers": answers, "verdicts": verdicts, "address": address}
+        alarms = read_alarms(self._places.var, before)
+        return {"answers": answers, "verdicts": verdicts, "alarms": alarms, "address": address}
 
     def _check_answers(self, answers: dict[str, dict[str, Answered]], serving: dict[str, set[str]]) -> None:
         """Every site with an approved version got every answer; every other one was told why not.
@@ -215,7 +216,7 @@ class Demo:
     def _wait_for_verdicts(
         self, answers: dict[str, dict[str, Answered]], before: int
     ) -> dict[tuple[str, str], Any]:
-        """Until every site that got answers has a verdict over all of them."""
+        """Until every answer was counted, and every site that got some has a verdict over all of them."""
         wanted = {
             (task, site) for task, sites in answers.items() for site, got in sites.items() if got.answers
         }
@@ -227,7 +228,8 @@ class Demo:
                     (row.task, row.site): row for row in journal.newest_verdicts() if row.last_seq > before
                 }
                 ends = {key: journal.last_seq(*key) for key in wanted}
-                if all(key in found and found[key].last_seq >= ends[key] for key in wanted):
+                counted = journal.cursor("watching") >= journal.last_seq()
+                if counted and all(key in found and found[key].last_seq >= ends[key] for key in wanted):
                     return {key: found[key] for key in wanted}
                 time.sleep(1)
         raise NotReady(
@@ -274,6 +276,7 @@ class Demo:
             "drift_verdict": {site: str(row.verdict) if row else "-" for site, row in verdicts.items()},
             "drift_detail": {site: row.detail if row else "no answers, so nothing to compare"
                              for site, row in verdicts.items()},
+            "alarms": {site: facts["alarms"].get((task, site), []) for site in self._sites.sites},
         }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imaging.config import Places
+from monitoring.records import Alarm, open_records
 from registry.card import present
 from registry.ledger import open_ledger
 from registry.policy import read_policy
@@ -20,6 +21,15 @@ def interval(score: list[float] | None) -> str:
         return "-"
     middle, low, high = (f"{value:.2f}".removeprefix("0") for value in score)
     return f"{middle} [{low} {high}]"
+
+
+def read_alarms(var: Path, after: int) -> dict[tuple[str, str], list[str]]:
+    """(task, site) -> what each alarm says, of those that rest on rows of the journal after this one."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for alarm in open_records(var).read(Alarm):
+        if alarm.last_seq > after:
+            found.setdefault((alarm.task, alarm.site), []).append(alarm.detail)
+    return found
 
 
 def headline(told: dict[str, Any]) -> list[str]:
@@ -93,7 +103,8 @@ def _notes(told: dict[str, Any], site: str) -> list[str]:
     """What went wrong at a site, in words."""
     gate = told["gate"][site]
     refused = [] if gate["passed"] else ["refused, " + "; ".join(gate["reasons"])]
-    return refused + ([f"drift, {told['drift_detail'][site]}"] if told["drift"][site] else [])
+    drift = [f"drift, {told['drift_detail'][site]}"] if told["drift"][site] else []
+    return refused + drift + [f"alarm: {alarm}" for alarm in told["alarms"][site]]
 
 
 def _short(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from imaging.vocabulary import ContentType, Kind
 from monitoring.reference import summarise
 from registry.engines import Answers
 from registry.package import Contract
+from registry.profiles import SMALLEST, SiteProfile
+from registry.projection import Projection
 
 NOTICE = "research use only"
 
@@ -56,6 +58,13 @@ class Found:
             told.update(self.labels.tobytes())
         return told.hexdigest()
 
+    @property
+    def positive(self) -> bool | None:
+        """At the operating point, also where the answer abstains; None of a segmentation."""
+        if self.answer.get("abstained"):
+            return bool(self.columns["probability"] >= self.answer["threshold"])
+        return self.answer.get("positive")
+
     def show(self, form: str = "") -> dict[str, Any]:
         """The answer with its mask in base64, as PNG (of a volume .npy), or as runs where form is `rle`."""
         if self.labels is None:
@@ -78,23 +87,41 @@ def take(body: bytes, content_type: str, contract: Contract) -> Taken:
     return Taken(image, prepare(image.pixels, contract.preparation))
 
 
-def find(taken: Taken, answers: Answers, contract: Contract) -> Found:
-    """Read an engine's answer to one image at the contract's operating point.
+def find(
+    taken: Taken, answers: Answers, contract: Contract, projection: Projection | None = None,
+    profile: SiteProfile | None = None,
+) -> Found:  # fmt: skip
+    """Read an engine's answer to one image at the contract's operating point, or the site's.
 
     Args:
         taken: the image.
         answers: of a batch of one.
         contract: of the package that answered.
+        projection: of its embeddings; None leaves e0, e1, ... out of the columns.
+        profile: what the site's answers follow instead of the contract; a segmentation has none.
     """
     probabilities = contract.probabilities(answers.logits)[0]
     columns = {**describe(taken.prepared), **summarise(contract, probabilities)}
+    if projection:
+        columns |= projection.apply(answers.embedding[0])
+    if taken.image.spacing_mm:
+        columns["spacing_mm"] = float(taken.image.spacing_mm[0])
     unsure = {"uncertainty": columns["uncertainty"]}
+    if contract.kind is Kind.SEGMENTATION:
+        labels = probabilities.argmax(axis=0).astype(np.uint8)
+        return Found({**_measure(labels, taken.image, contract), **unsure}, columns, labels, contract.classes)
     if contract.kind is Kind.CLASSIFICATION:
-        return Found({**_classify(probabilities, columns["probability"], contract), **unsure}, columns)
-    if contract.kind is Kind.DETECTION:
-        return Found({**_detect(answers.logits[0], contract), **unsure}, columns)
-    labels = probabilities.argmax(axis=0).astype(np.uint8)
-    return Found({**_measure(labels, taken.image, contract), **unsure}, columns, labels, contract.classes)
+        answer = _classify(probabilities, columns["probability"], contract, profile)
+    else:
+        answer = _detect(answers.logits[0], contract, profile)
+    if profile:
+        columns |= profile.note(columns["probability"])
+        answer |= profile.tell(columns["probability"])
+    return Found({**answer, **unsure}, columns)
+
+
+def _threshold(contract: Contract, profile: SiteProfile | None) -> float:
+    return contract.threshold if profile is None or profile.threshold is None else profile.threshold
 
 
 def draw_heat(answers: Answers) -> dict[str, Any]:
@@ -103,22 +130,32 @@ def draw_heat(answers: Answers) -> dict[str, Any]:
     return _encode(np.rint(255 * heat / max(float(heat.max()), 1e-12)).astype(np.uint8))
 
 
-def _classify(probabilities: NDArray[np.float32], score: float, contract: Contract) -> dict[str, Any]:
-    named = dict(zip(contract.classes, probabilities.tolist(), strict=True))
-    return {"probabilities": named, "positive": score >= contract.threshold, "threshold": contract.threshold}
+def _classify(
+    probabilities: NDArray[np.float32], score: float, contract: Contract, profile: SiteProfile | None
+) -> dict[str, Any]:
+    shares = probabilities.tolist()
+    if profile and (site := float(profile.recalibrate(score))) != score:
+        grown = site / max(score, SMALLEST), (1 - site) / max(1 - score, SMALLEST)
+        shares = [share * grown[label not in contract.positive_labels] for label, share in enumerate(shares)]
+        score = site
+    named, threshold = dict(zip(contract.classes, shares, strict=True)), _threshold(contract, profile)
+    return {"probabilities": named, "positive": score >= threshold, "threshold": threshold}
 
 
-def _detect(logits: NDArray[np.float32], contract: Contract) -> dict[str, Any]:
+def _detect(logits: NDArray[np.float32], contract: Contract, profile: SiteProfile | None) -> dict[str, Any]:
     """Centres and boxes of the lesions at or above the threshold, most certain first, in pixels."""
-    found = find_lesions(logits, STRIDE, contract.temperature)
+    found, threshold = find_lesions(logits, STRIDE, contract.temperature), _threshold(contract, profile)
+    probability = float(contract.score(contract.probabilities(logits[None]))[0])
+    if profile:
+        found = [replace(one, score=float(profile.recalibrate(one.score))) for one in found]
+        probability = float(profile.recalibrate(probability))
     shown = [
         {name: round(float(value), 4) for name, value in asdict(lesion).items()}
         for lesion in found
-        if lesion.score >= contract.threshold
+        if lesion.score >= threshold
     ]
-    probability = float(contract.score(contract.probabilities(logits[None]))[0])
     return {"lesions": shown, "probability": probability, "positive": bool(shown),
-            "threshold": contract.threshold}  # fmt: skip
+            "threshold": threshold}  # fmt: skip
 
 
 def _measure(labels: NDArray[np.uint8], image: Image, contract: Contract) -> dict[str, Any]:

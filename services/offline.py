@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from registry.events import NETWORK
 from registry.evidence import verify_package
 from registry.ledger import Ledger, open_ledger
 from registry.package import read_contract, shelf
+from registry.profiles import find_numbered
+from registry.projection import read_projection
 from registry.qualified import choose_engine
 from services.findings import NOTICE, find, take
 from services.served import load_package, open_package
@@ -59,7 +62,8 @@ def predict_file(
         answers = served.runner.submit(taken.prepared).result().answers
     finally:
         served.runner.close()
-    found = find(taken, answers, served.contract)
+    profile = ledger.state(task).profiles.get(site or "", {}).get(digest)
+    found = find(taken, answers, served.contract, None, profile)
     return {"task": task, "version": number, "package": digest, "engine": served.engine, **found.show(),
             "notice": NOTICE}  # fmt: skip
 
@@ -77,7 +81,7 @@ def replay(places: Places, number: str, path: Path) -> dict[str, Any]:
 
     Raises:
         Unreadable: no such prediction, or another image than was sent.
-        DataError: the row is older than replays.
+        DataError: the row is older than replays, or the ledger lacks the site's profile that it followed.
         TrustError: the package does not hold any more.
     """
     row = open_journal(places.var).find(number)
@@ -89,12 +93,17 @@ def replay(places: Places, number: str, path: Path) -> dict[str, Any]:
     if hashlib.sha256(body).hexdigest() != row["image"]:
         raise Unreadable(f"{path.name} is not the file that was sent.", "Its sha256 is in the journal.")
     folder = shelf(places.var, row["package"])
-    verify_package(folder, open_ledger(places.var))
+    ledger, seen = open_ledger(places.var), json.loads(row["columns"])
+    verify_package(folder, ledger)
+    profile = None
+    if "profile" in seen:
+        profile = find_numbered(ledger.signed(), row["task"], row["site"], int(seen["profile"]))
     contract, (place, size) = read_contract(folder), map(int, row["batch"].split(":"))
     taken = take(body, content_type, contract)
     answers = open_package(folder, row["package"], row["engine"]).run(np.stack([taken.prepared] * size))
     part = slice(place, place + 1)  # what stands beside an image does not change its bits, the size may
-    found = find(taken, Answers(answers.logits[part], answers.heat[part], answers.embedding[part]), contract)
+    found = find(taken, Answers(answers.logits[part], answers.heat[part], answers.embedding[part]), contract,
+                 read_projection(folder), profile)  # fmt: skip
     told = {name: row[name] for name in ("id", "at", "task", "site", "version", "package", "engine", "batch")}
     return {**told, "answer": found.answer, "recorded": row["answer"], "replayed": found.digest(),
             "equal": found.digest() == row["answer"]}  # fmt: skip

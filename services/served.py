@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from registry.engines import Engine, check_parity, open_engine
 from registry.package import Contract, read_contract
+from registry.profiles import SiteProfile
+from registry.projection import Projection, read_projection
+from registry.state import State
 from services.runner import Runner
 
 
@@ -25,6 +28,8 @@ class Served:
         engine: name of what runs it, e.g. openvino/f32.
         heat_withheld: why its heat maps are not shown; empty where they passed their audit.
         runner: takes prepared images, gives the answers of each.
+        projection: of embeddings, for the journal; None of an old package.
+        profile: what one site's answers follow instead of the contract.
     """
 
     version: int
@@ -33,6 +38,13 @@ class Served:
     engine: str
     heat_withheld: str
     runner: Runner
+    projection: Projection | None = None
+    profile: SiteProfile | None = None
+
+    def at(self, site: str, state: State) -> Served:
+        """The version as it answers a site: the same runner, and the profile that is kept for it there."""
+        profile = state.profiles.get(site, {}).get(self.digest)
+        return self if profile == self.profile else replace(self, profile=profile)
 
 
 def load_package(folder: Path, named: tuple[int, str], engine: str, evaluation: dict[str, Any]) -> Served:
@@ -55,7 +67,8 @@ def load_package(folder: Path, named: tuple[int, str], engine: str, evaluation: 
     for size in (1, contract.max_batch):
         opened.run(np.zeros((size, *contract.shape), np.float32))
     runner = Runner(opened, contract, getattr(opened, "lanes", lanes))
-    return Served(*named, contract, opened.name, read_withheld(evaluation), runner)
+    withheld, projection = read_withheld(evaluation), read_projection(folder)
+    return Served(*named, contract, opened.name, withheld, runner, projection)
 
 
 def read_withheld(evaluation: dict[str, Any]) -> str:

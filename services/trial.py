@@ -31,7 +31,7 @@ from services.challenger import receive, send
 
 if TYPE_CHECKING:
     from imaging.image import Image
-    from services.prediction import Case
+    from services.case import Case
 
 LOG = logging.getLogger(__name__)
 MOST_CASES, MOST_BYTES = 256, 32 * 2**20  # that wait in a lane; more are dropped
@@ -87,7 +87,7 @@ class Shadow:
             lane = self._lanes[trial.seq] = Lane(self._places, case.asked[0], trial, self._stands)
             lane.start()
         facts = {"prediction": row.id, "site": row.site, "subject": row.subject, "champion": row.version,
-                 "champion_positive": found.answer.get("positive"),
+                 "champion_positive": found.positive,
                  "champion_ms": case.stages_ms["engine"]}  # fmt: skip
         lane.put(Offered(facts, taken.image, found.labels))
 

@@ -26,6 +26,7 @@ from registry.engines import check_answers, check_parity, open_engine
 from registry.graphs import export_graphs
 from registry.imports import check_contract, list_params, read_import
 from registry.package import FILES, Contract, digest_package, write_contract
+from registry.projection import fit_projection, write_projection
 from training.calibration import choose_point
 from training.datasets import Dataset, load_split, stage_folder
 
@@ -65,7 +66,8 @@ def export(places: Places, task: str, section: TaskSection, imported: Path | Non
     _write_golden(answer, data, section.package.golden, folder)
     engine = open_engine(folder, section.evaluate.engine, section.evaluate.precision, section.fit.threads)
     check_parity(engine, folder, contract)
-    write_reference(_describe(every, engine, contract), name_columns(contract), folder / "reference.parquet")
+    rows = _describe(every, engine, contract, folder)
+    write_reference(rows, name_columns(contract), folder / "reference.parquet")
     return digest_package(folder)
 
 
@@ -177,12 +179,15 @@ def _write_golden(answer: Answer, data: Dataset, count: int, folder: Path) -> No
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), stream.getvalue())  # its date is fixed: 1980
 
 
-def _describe(data: Dataset, engine: Any, contract: Contract) -> list[dict[str, Any]]:
-    """The reference's rows: what serving will journal of the same images, by the same functions."""
+def _describe(data: Dataset, engine: Any, contract: Contract, folder: Path) -> list[dict[str, Any]]:
+    """The reference's rows: what serving will journal of the same images, by the same functions.
+
+    The axes of embeddings are those of the internal validation images; projection.npz is written on the way.
+    """
     from rich.console import Console
     from rich.progress import track
 
-    rows = []
+    rows, embeddings = [], []
     starts, console = range(0, len(data.images), contract.max_batch), Console(stderr=True)
     facts = data.rows[["sha256", "subject", "site", "split"]].to_dict("records")
     for start in track(starts, description=f"describe {contract.title}", console=console):
@@ -192,7 +197,11 @@ def _describe(data: Dataset, engine: Any, contract: Contract) -> list[dict[str, 
         told = zip(images, contract.probabilities(answers.logits), facts[start:], strict=False)
         for image, answer, fact in told:
             rows.append({**fact, **describe(image), **summarise(contract, answer)})
-    return rows
+        embeddings.append(answers.embedding)
+    every = np.concatenate(embeddings)
+    projection = fit_projection(every[[row["split"] == Split.VALIDATION for row in rows]])
+    write_projection(projection, folder)
+    return [{**row, **projection.apply(one)} for row, one in zip(rows, every, strict=True)]
 
 
 def _sha256(data: bytes) -> str:

@@ -11,7 +11,8 @@ from scipy.stats import binom, ks_2samp
 
 from imaging.vocabulary import Drift
 from monitoring import drift
-from monitoring.drift import Comparison, compare, find_change
+from monitoring.charts import find_change
+from monitoring.drift import Comparison, compare
 
 COLUMNS = ("median", "noise", "share_csf")
 HOW = Comparison(task="brain", site="north", version=3, columns=COLUMNS, alpha=0.03, window=60,
@@ -83,7 +84,7 @@ def test_the_workspace_has_the_run_and_no_table_beside_it(told):
     from evidently.ui.workspace import Workspace
 
     workspace = Workspace.create(str(told.var / "evidently"))
-    (project,) = workspace.search_project("brain")
+    (project,) = workspace.search_project("brain at north")
     (run,) = workspace.list_runs(project.id)
     kept = workspace.get_run(project.id, run)
     assert {"north", "v3"} <= set(kept.tags)
@@ -141,3 +142,25 @@ def test_one_outlier_does_not_hide_the_change():
     values = (np.arange(60) >= 30) + np.random.default_rng(1).normal(0, 0.1, 60)
     values[3] = 1e6
     assert abs(find_change(values) - 31) <= 1
+
+
+def test_embeddings_are_one_more_column_of_the_report_and_are_found_without_evidently_drawing_them(tmp_path):
+    """Our two-sample test, natively: a metric with a test, in the page and in the workspace's snapshot."""
+    from evidently.ui.workspace import Workspace
+
+    axes = ("e0", "e1", "e2")
+    how = replace(HOW, axes=axes)
+    old, new = (draw(seed, count, (*COLUMNS, *axes)) for seed, count in ((7, 100), (8, 60)))
+    same = compare(old, new, how, tmp_path)
+    assert same.verdict is Drift.IN_BOUNDS
+    assert how.level == pytest.approx(0.03 / 4)
+    new["e1"] += 1.5
+    verdict = compare(old, new, how, tmp_path)
+    assert verdict.verdict is Drift.DRIFT
+    assert verdict.detail == "embeddings differ, no column does"
+    assert verdict.columns["embedding"] < how.level < min(verdict.columns[name] for name in COLUMNS)
+    assert "Embeddings: two-sample test of 3 principal axes" in Path(verdict.report).read_text()
+    workspace = Workspace.create(str(tmp_path / "evidently"))
+    (project,) = workspace.search_project("brain at north")
+    kept = workspace.get_run(project.id, workspace.list_runs(project.id)[-1]).dict()
+    assert any("EmbeddingWindow" in str(one) for one in kept["metric_results"].values())

@@ -1,0 +1,214 @@
+"""What the streams of a place say: crossings of charts, a window that differs, and one number for the eye."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imaging.vocabulary import Part, Unit
+from monitoring import charts, windows
+from monitoring.charts import Crossing, Setting, find_change
+from monitoring.daily import Days
+from monitoring.records import Alarm
+from monitoring.reference import SMALLEST_REFERENCE
+from monitoring.streams import RECENT_DAYS, Streams, Table, part_of
+from registry.projection import AXES
+from registry.surveillance import Surveillance
+
+QUIET = 30  # values after a crossing in which another one of the stream, in its direction, is no new alarm
+
+
+@dataclass
+class Judge:
+    """Judges streams by a policy.
+
+    Attributes:
+        surveillance: of the task's policy.
+        today: ordinal of a day; those before it are over.
+        days: what only days have.
+        axes: embeddings of the site's reference, float64 (subjects, axes); None where the package has none.
+    """
+
+    surveillance: Surveillance
+    today: int
+    days: Days
+    axes: NDArray[Any] | None
+
+    def judge(self, streams: Streams, before: int) -> list[Alarm]:
+        """Judge the subjects after the first `before` ones that are kept, and the days that are over.
+
+        Returns:
+            The alarms; sums, days and windows of the streams go on.
+        """
+        cases, daily = streams.cases, streams.daily
+        days_before = len(daily.days)
+        self._close_days(streams)
+        streams.choose(self.surveillance.unit)
+        settings = self.settings(streams)
+        found = [
+            self._tell(streams, table, crossing, setting)
+            for table, start, setting in ((cases, before, settings[0]), (daily, days_before, settings[1]))
+            for crossing in _cross(table, start, setting)
+        ]
+        found += [alarm for window in self._windows(streams) for alarm in self._compare(streams, window)]
+        self._combine(streams, settings)
+        return found
+
+    def settings(self, streams: Streams) -> tuple[Setting, Setting]:
+        """Of the charts of subjects, and of those of days: each stream spends an equal part of the budget."""
+        asked, active = self.surveillance, streams.cases.active() + streams.daily.active()
+        seed = zlib.crc32(f"{streams.task} {streams.site} {streams.version}".encode())
+        by_day = asked.model_copy(update={"unit": Unit.DAY})
+        limits = (charts.limit(one, max(1, active)) for one in (asked, by_day))
+        subjects, days = (Setting(limit, asked.allowance, asked.least, seed) for limit in limits)
+        return subjects, days
+
+    def _close_days(self, streams: Streams) -> None:
+        """Means of the days that are over, in their order; a day without anything is no row."""
+        cases = streams.cases
+        if not streams.closed:
+            streams.closed = (int(cases.days[0]) if len(cases.days) else self.today) - 1
+        place, days, rows = (streams.task, streams.site, streams.version), [], []
+        for day in range(streams.closed + 1, self.today):
+            of_day = cases.days == day
+            told = self.days.tell(place, day, int(of_day.sum()))
+            if of_day.any():
+                means = cases.values[of_day].mean(axis=0) if len(cases.names) else []
+                told |= {name: float(mean) for name, mean in zip(cases.names, means, strict=True)
+                         if name not in AXES and not math.isnan(mean)}  # fmt: skip
+            if told:
+                days.append(day)
+                rows.append(told)
+        streams.closed = max(streams.closed, self.today - 1)
+        streams.daily.append(days, rows)
+
+    def _windows(self, streams: Streams) -> Iterator[slice]:
+        """Rows of each whole window since the last one; windows do not overlap."""
+        asked, cases = self.surveillance, streams.cases
+        start = max(0, streams.tested - cases.dropped)
+        while (end := start + asked.window) <= len(cases.days):
+            if asked.unit is Unit.DAY:  # enough of them, and of enough days
+                enough = int(cases.days[start]) + asked.window_days - 1
+                end = max(end, int(np.searchsorted(cases.days, enough)) + 1)
+                if end > len(cases.days):
+                    return
+            yield slice(start, end)
+            start = end
+            streams.tested = cases.dropped + end
+
+    def _compare(self, streams: Streams, chosen: slice) -> list[Alarm]:
+        """Compare a window with the reference."""
+        asked, cases = self.surveillance, streams.cases
+        names, days = [name for name in AXES if name in cases.names], cases.days[chosen]
+        window = cases.select(names)[chosen].astype(float)
+        if not names or np.isnan(window).any():
+            return []
+        reference = self._reference(streams, window, days)
+        if reference is None:
+            return []
+        span = int(days[-1] - days[0]) + 1
+        daily = asked.unit is Unit.DAY
+        level = windows.level(asked, span if daily else len(days) / asked.per_day)
+        seed = cases.dropped + chosen.start
+        told = np.concatenate([np.array(streams.own_days, int), days]) if daily else None
+        statistic, p = windows.compare_windows(reference, window, windows.PERMUTATIONS, seed, told)
+        first, last = (date.fromordinal(int(day)).isoformat() for day in (days[0], days[-1]))
+        streams.window = {
+            "p": p,
+            "level": level,
+            "statistic": statistic,
+            "subjects": len(window),
+            "day": last,
+        }
+        if p > level:
+            return []
+        return [self._alarm(streams, {
+            "kind": "window", "statistic": "embedding", "part": Part.EMBEDDING, "direction": "both",
+            "value": p, "bound": level, "since": first,
+            "detail": f"the embeddings of {len(window)} subjects since {first} are not those of the "
+                      f"{len(reference)} of the reference (p = {p:.2g}, level {level:.2g})",
+        })]  # fmt: skip
+
+    def _reference(self, streams: Streams, window: NDArray[Any], days: NDArray[Any]) -> NDArray[Any] | None:
+        """The package's, else the site's first window: then there is nothing to compare that one with."""
+        if self.axes is not None and len(self.axes) >= SMALLEST_REFERENCE:
+            return self.axes
+        if streams.own:
+            return np.array(streams.own)
+        streams.own, streams.own_days = np.round(window, 3).tolist(), days.tolist()
+        return None
+
+    def _tell(self, streams: Streams, table: Table, crossing: Crossing, setting: Setting) -> Alarm:
+        """An alarm of a crossing: what moved, by how much, since when."""
+        name = table.charted[crossing.stream]
+        values = table.column(name).astype(float)
+        start = _date(values, crossing)
+        before, after = values[:start], values[start : crossing.row + 1]
+        old, new = (float(np.nanmedian(part)) if np.isfinite(part).any() else math.nan
+                    for part in (before, after))  # fmt: skip
+        day = date.fromordinal(int(table.days[start])).isoformat()
+        since = day if table is streams.daily else f"case {table.dropped + start + 1}, {day}"
+        moved = f"{name} went {crossing.direction}" + (
+            f" from {old:.4g} to {new:.4g}" if math.isfinite(old) and math.isfinite(new) else ""
+        )
+        return self._alarm(streams, {
+            "kind": "chart", "statistic": name, "part": part_of(name), "direction": crossing.direction,
+            "value": crossing.value, "bound": setting.limit, "since": since,
+            "detail": f"{moved}, since {since} (chart {crossing.value:.1f}, limit {setting.limit:.1f})",
+        })  # fmt: skip
+
+    def _alarm(self, streams: Streams, told: dict[str, Any]) -> Alarm:
+        return Alarm(
+            task=streams.task, site=streams.site, version=streams.version, last_seq=streams.last_seq,
+            budget_days=self.surveillance.budget_days, **told,
+        )  # fmt: skip
+
+    def _combine(self, streams: Streams, settings: tuple[Setting, Setting]) -> None:
+        """The combined score: of each part its stream nearest to its limit, weighted; 1 is at the limit."""
+        parts: dict[Part, float] = {}
+        for table, setting in zip((streams.cases, streams.daily), settings, strict=True):
+            for name, up, down in zip(table.charted, table.chart.up, table.chart.down, strict=True):
+                part, row = part_of(name), table.dropped + len(table.days) - 1
+                alarmed = any(table.quiet.get(f"{name} {side}", -1) >= row for side in charts.DIRECTIONS)
+                near = max(float(max(up, down)) / setting.limit, float(alarmed))  # sums start again at 0
+                parts[part] = max(parts.get(part, 0.0), near)
+        if told := streams.window:
+            near = math.log(told["p"]) / math.log(told["level"])
+            parts[Part.EMBEDDING] = max(parts.get(Part.EMBEDDING, 0.0), near)
+        weights = {part: self.surveillance.weights.get(part, 0.0) for part in parts}
+        whole = sum(weights.values()) or 1.0
+        shown = {str(part): {"value": round(value, 4), "weight": round(weights[part] / whole, 4),
+                             "share": round(value * weights[part] / whole, 4)}
+                 for part, value in sorted(parts.items())}  # fmt: skip
+        score = round(sum(one["share"] for one in shown.values()), 4)
+        enough = max(len(streams.cases.days) if streams.cases.charted else 0, len(streams.daily.days))
+        streams.combined = {"score": score, "parts": shown, "enough": enough >= self.surveillance.least}
+        day = date.fromordinal(int(streams.cases.days[-1]) if len(streams.cases.days) else streams.closed)
+        kept = [one for one in streams.recent if one[0] != day.isoformat()]
+        streams.recent = [*kept, [day.isoformat(), score]][-RECENT_DAYS:]
+
+
+def _cross(table: Table, before: int, setting: Setting) -> Iterator[Crossing]:
+    """Carry the charts over the rows after the first `before`; what a shift goes on to do is one event."""
+    if not table.charted or before == len(table.days):
+        return
+    values = table.select(table.charted).astype(float)
+    for crossing in charts.advance(table.chart, values[:before], values[before:], setting):
+        key, row = f"{table.charted[crossing.stream]} {crossing.direction}", table.dropped + crossing.row
+        if row > table.quiet.get(key, -1):
+            yield crossing
+        table.quiet[key] = row + QUIET
+
+
+def _date(values: NDArray[Any], crossing: Crossing) -> int:
+    """The row from which the values are others; a sum often leaves 0 by chance, before the change."""
+    start = max(0, crossing.since - QUIET)
+    known = start + np.flatnonzero(np.isfinite(values[start : crossing.row + 1]))
+    return int(known[find_change(values[known]) - 1]) if len(known) > 2 else crossing.since
