@@ -1,0 +1,246 @@
+"""Truths that come late: from CSV, over HTTP and from readers, all through one door."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from imaging.config import Places
+from imaging.errors import UnknownPrediction, WrongLabel
+from imaging.vocabulary import Judged, Kind, Statement
+from monitoring.journal import Journal, pseudonym
+from monitoring.records import Assessment, Records, insert, make
+from registry.database import writing
+from registry.evidence import find_cited, find_statement
+from registry.ledger import open_ledger
+from registry.package import Contract, read_contract, shelf
+from registry.trials.rows import TrialRows, open_rows
+
+REASON, READER = 500, 256  # characters
+SCORES = ("probability", "raw_probability", "threshold", "abstained")
+NEWEST = (
+    "SELECT a.prediction, a.truth, a.verdict, a.reader, a.source, p.subject, p.at, p.columns FROM "
+    "assessments a JOIN predictions p ON p.id = a.prediction WHERE a.seq IN (SELECT MAX(seq) FROM "
+    "assessments WHERE task = :task AND site = :site AND version = :version GROUP BY prediction) AND "
+    "a.truth IS NOT NULL ORDER BY p.seq"
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What somebody says of an answer.
+
+    Attributes:
+        prediction: id of the answer.
+        verdict: of `imaging.vocabulary.Judged`.
+        truth: 1 positive, 0 negative; None where it follows from the verdict, or nobody says.
+        reason: in a sentence, without anything of the patient.
+        reader: who says so, in the clear; only a pseudonym is kept.
+        source: csv, http or console.
+    """
+
+    prediction: str
+    verdict: Judged
+    truth: int | None = None
+    reason: str = ""
+    reader: str = ""
+    source: str = "http"
+
+
+def read_labels(records: Records, task: str, site: str, version: int) -> list[dict[str, Any]]:
+    """The answers of a version at a site whose truth is known, in the order of the answers.
+
+    Returns:
+        Of each its newest judgement: prediction, subject, at (of the answer), truth, verdict, reader, source;
+        probability, and where the site has a profile raw_probability, threshold and abstained. An answer
+        without a single probability is left out.
+    """
+    with records.engine.connect() as connection:
+        found = connection.execute(text(NEWEST), {"task": task, "site": site, "version": version})
+        rows = [dict(row) for row in found.mappings()]
+    columns = [json.loads(row.pop("columns")) for row in rows]
+    return [{**row, **{name: told[name] for name in SCORES if name in told}}
+            for row, told in zip(rows, columns, strict=True) if "probability" in told]  # fmt: skip
+
+
+class Door:
+    """Takes judgements of a site's answers.
+
+    Args:
+        places: where packages, keys and the ledger lie.
+        journal: of the answers.
+        records: where judgements are kept.
+    """
+
+    def __init__(self, places: Places, journal: Journal, records: Records) -> None:
+        self._var, self._journal, self._records = places.var, journal, records
+        self._ledger = open_ledger(places.var)
+        self._trials: TrialRows | None = None
+        self._locked: tuple[Any, dict[tuple[str, str], set[str]]] | None = None
+
+    def keep(self, site: str, told: list[Judgement], dry_run: bool = False) -> tuple[list[Assessment], int]:
+        """Keep judgements in one transaction, and tell the truths among them to silent trials.
+
+        What the same reader said last of the same answer, word for word, is not kept again.
+
+        Args:
+            site: whose answers they are of.
+            told: the judgements.
+            dry_run: look, and keep nothing.
+
+        Returns:
+            The assessments, and how many of them are new.
+
+        Raises:
+            UnknownPrediction: the site has no such answer.
+            WrongLabel: the truth contradicts the verdict or cannot be known, or the answer's image or subject
+                stands in a locked test set.
+        """
+        rows = [self.examine(site, one) for one in told]
+        if dry_run:
+            with self._records.engine.connect() as connection:
+                return _sort_out(connection, rows)
+        with writing(self._records.engine).begin() as connection:
+            kept, new = _sort_out(connection, rows)
+            insert(connection, kept[len(kept) - new :])
+            kept = [_find_same(connection, row) or row for row in rows]
+        self._tell_trials({row.prediction: bool(row.truth) for row in rows if row.truth is not None})
+        return kept, new
+
+    def examine(self, site: str, told: Judgement) -> Assessment:
+        """The row that a judgement would become; as `keep`, without keeping it."""
+        answer = self._find(site, told.prediction)
+        contract = read_promise(self._var, answer["package"])
+        columns = json.loads(answer["columns"])
+        self._hold_apart(answer)
+        reader = pseudonym(self._var, site, f"reader {told.reader}"[:READER]) if told.reader else ""
+        return Assessment(
+            task=answer["task"], site=site, version=answer["version"], prediction=told.prediction,
+            source=told.source, verdict=told.verdict, truth=_find_truth(told, columns, contract),
+            reason=" ".join(told.reason.split())[:REASON], reader=reader,
+        )  # fmt: skip
+
+    def list_judgements(self, site: str, prediction: str) -> list[Assessment]:
+        """Everything that was said of an answer, oldest first.
+
+        Raises:
+            UnknownPrediction: the site has no such answer.
+        """
+        self._find(site, prediction)
+        query = text("SELECT * FROM assessments WHERE prediction = :id ORDER BY seq")
+        with self._records.engine.connect() as connection:
+            found = connection.execute(query, {"id": prediction})
+            return [make(Assessment, dict(row)) for row in found.mappings()]
+
+    def _find(self, site: str, prediction: str) -> dict[str, Any]:
+        answer = self._journal.find(prediction)
+        if answer is None or answer["site"] != site:  # that another site has it is nobody's business
+            raise UnknownPrediction(f"{site} has no prediction {prediction[:64]!r}.", "See the answer's id.")
+        return answer
+
+    def _hold_apart(self, answer: dict[str, Any]) -> None:
+        """Refuse an answer of a locked test set, of any version of its task, by image and by subject.
+
+        The journal has the digest of the file that was sent, a locked set that of the pixels: a locked image
+        in another file is known by its subject alone, if that was named.
+        """
+        if not self._locked or self._locked[0] != self._ledger.head():
+            self._locked = self._ledger.head(), {}
+        task, site, known = answer["task"], answer["site"], self._locked[1]
+        if (task, site) not in known:
+            known[(task, site)] = self._gather_locked(task, site)
+        if {answer["image"], answer["subject"]} & known[(task, site)]:
+            raise WrongLabel(
+                f"Prediction {answer['id']} is of a locked test set of {task}.",
+                "Such a set takes no labels from outside.",
+            )
+
+    def _gather_locked(self, task: str, site: str) -> set[str]:
+        events = self._ledger.signed()
+        cited = {digest: find_cited(events, digest) for _, _, digest, _ in self._ledger.versions(task)}
+        told = {
+            digest: event.body["evidence"].get(Statement.EVALUATION)
+            for digest, event in cited.items()
+            if event
+        }
+        return set().union(*(read_locked(self._var, digest, statement, site)
+                             for digest, statement in told.items() if statement))  # fmt: skip
+
+    def _tell_trials(self, truths: dict[str, bool]) -> None:
+        if self._trials is None and (self._var / "trials.db").exists():
+            self._trials = open_rows(self._var)
+        if truths and self._trials:
+            self._trials.tell_truth(truths)
+
+
+@lru_cache(256)
+def read_promise(var: Path, digest: str) -> Contract:
+    """The contract of a package on the shelf."""
+    return read_contract(shelf(var, digest))
+
+
+@lru_cache(256)
+def read_locked(var: Path, digest: str, cited: str, site: str) -> frozenset[str]:
+    """Digests of the images of a package's locked sets, and pseudonyms of the subjects of a site in them.
+
+    Args:
+        var: holds packages and keys.
+        digest: of the package.
+        cited: sha256:... of the evaluation statement, as the signed ledger has it.
+        site: the site.
+    """
+    path = find_statement(shelf(var, digest), Statement.EVALUATION, cited)
+    body = json.loads(base64.b64decode(json.loads(path.read_bytes())["payload"]))["predicate"]
+    rows = body.get("predictions") or []
+    people = {row["subject"] for row in rows if row["site"] == site}
+    return frozenset([*(row["sha256"] for row in rows), *(pseudonym(var, site, one) for one in people)])
+
+
+def _find_truth(told: Judgement, columns: dict[str, Any], contract: Contract) -> int | None:
+    """The truth that a judgement tells; of a mask, which is neither positive nor negative, none.
+
+    Raises:
+        WrongLabel: it contradicts the verdict, is needed and lacks, or a mask has none.
+    """
+    if contract.kind is Kind.SEGMENTATION or "probability" not in columns:
+        if told.truth is not None:
+            raise WrongLabel(f"{contract.task} answers masks: no truth is 0 or 1.", "Leave the truth out.")
+        return None
+    if told.truth not in (0, 1, None):
+        raise WrongLabel("The truth is neither 0 nor 1.", "1 is positive.")
+    if told.verdict is Judged.LABELLED and told.truth is None:
+        raise WrongLabel("A label has no truth.", "Say 0 or 1.")
+    own = int(columns["probability"] >= columns.get("threshold", contract.threshold))
+    found = {} if columns.get("abstained") else {Judged.ACCEPTED: own, Judged.REJECTED: 1 - own}
+    implied = found.get(told.verdict)
+    if implied is not None and told.truth not in (None, implied):
+        raise WrongLabel(
+            f"The answer was {'positive' if own else 'negative'}; {told.verdict} with truth {told.truth} "
+            "contradicts it.", "Leave the truth out, or say corrected.",
+        )  # fmt: skip
+    return told.truth if implied is None else implied
+
+
+def _sort_out(connection: Connection, rows: list[Assessment]) -> tuple[list[Assessment], int]:
+    """What was said before, then what is new; and how many are."""
+    before = [(row, _find_same(connection, row)) for row in rows]
+    new = [row for row, same in before if same is None]
+    return [*(same for _, same in before if same is not None), *new], len(new)
+
+
+def _find_same(connection: Connection, row: Assessment) -> Assessment | None:
+    """The newest that this reader said of this answer, if it says the same."""
+    query = text("SELECT * FROM assessments WHERE prediction = :prediction AND reader = :reader AND "
+                 "(verdict = 'labelled') = :labelled ORDER BY seq DESC LIMIT 1")  # fmt: skip
+    asked = {"prediction": row.prediction, "reader": row.reader, "labelled": row.verdict == Judged.LABELLED}
+    found = connection.execute(query, asked).mappings().first()
+    if found is None:
+        return None
+    last = make(Assessment, dict(found))
+    return last if replace(last, seq=0, at=row.at, source=row.source) == row else None
