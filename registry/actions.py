@@ -14,10 +14,11 @@ from imaging.config import read_params
 from imaging.errors import Unreadable
 from imaging.recipe import Section
 from imaging.vocabulary import Scope
-from registry import custody, decisions, promotion
+from registry import custody, decisions, profiles, promotion
 from registry.access import Acting, Desk
 from registry.arguments import (
     Asked,
+    Drafted,
     Looked,
     Named,
     Nothing,
@@ -134,6 +135,26 @@ def _resume(acting: Acting, asked: OnTaskAtSites) -> dict[str, Any]:
     return {"sites": sites, "told": f"{asked.task} answers again: {where}."}
 
 
+def _acknowledge(acting: Acting, asked: OnTaskAtSites) -> dict[str, Any]:
+    numbers = decisions.acknowledge(acting, asked.task, asked.sites)
+    listed = ", ".join(map(str, numbers))
+    told = f"Closed alarms of {asked.task}: {listed}. What was suspended stays so until it is resumed."
+    return {"alarms": numbers, "told": told}
+
+
+def _profile(acting: Acting, asked: Drafted) -> dict[str, Any]:
+    draft = profiles.read_draft(acting.places.var / "profiles" / asked.draft)
+    event = profiles.store_profile(acting, asked.task, draft)
+    site, number = draft.profile.site, event.body["number"]
+    told = f"{site} is answered by {asked.task} v{draft.version} with its profile {number}."
+    return {"site": site, "number": number, "told": told}
+
+
+def _drop_profile(acting: Acting, asked: OnTaskAtSites) -> dict[str, Any]:
+    sites = profiles.drop_profile(acting, asked.task, asked.sites)
+    return {"sites": sites, "told": f"{asked.task} answers by its contract again: {', '.join(sites)}."}
+
+
 def _retire(acting: Acting, asked: OnVersionReasoned) -> dict[str, Any]:
     event = decisions.retire(acting, asked.task, asked.version)
     return {"event": event.seq, "told": f"{asked.task} v{asked.version} is retired; it never serves again."}
@@ -205,6 +226,12 @@ ACTIONS = {
         Action("suspend", "Let TASK answer nobody at some sites, or in the whole network.",
                Scope.PROMOTE, OnTaskAtSites, _suspend),
         Action("resume", "Let TASK answer again.", Scope.PROMOTE, OnTaskAtSites, _resume),
+        Action("acknowledge", "Close the open alarms of TASK at some sites: somebody has looked into them.",
+               Scope.CONTAIN, OnTaskAtSites, _acknowledge),
+        Action("profile", "Let a site's answers of TASK follow DRAFT, its own settings, which another made.",
+               Scope.APPROVE, Drafted, _profile),
+        Action("drop-profile", "Take the profiles of TASK back: sites are answered by the contract again.",
+               Scope.APPROVE, OnTaskAtSites, _drop_profile),
         Action("retire", "End VERSION of TASK: it never serves again.",
                Scope.PROMOTE, OnVersionReasoned, _retire),
         Action("history", "Every decision, oldest first; of TASK, if one is named.",

@@ -78,6 +78,15 @@ class Shared(OnVersionAtSites):
     )
 
 
+class Drafted(OnTaskReasoned):
+    """Arguments of a site profile."""
+
+    draft: str = Field(
+        description="A file in var/profiles, as `monitoring accept` writes it.",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._@-]{0,199}$",
+    )
+
+
 class Looked(Section):
     """Arguments of the history."""
 

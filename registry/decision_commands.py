@@ -79,8 +79,9 @@ def run_action(action: Action, identity: str | None, as_json: bool, given: dict[
 
 
 def _make_parameter(name: str, field: Any) -> click.Parameter:
-    if name in ("task", "version", "first", "second"):
-        return click.Argument([name], type=str if name == "task" else int, required=field.is_required())
+    if name in ("task", "version", "first", "second", "draft"):
+        kind = str if name in ("task", "draft") else int
+        return click.Argument([name], type=kind, required=field.is_required())
     if name == "sites":
         return click.Option(["--site", "sites"], multiple=True, help=field.description)
     option = f"--{name.replace('_', '-')}"

@@ -107,20 +107,25 @@ def roll_back(acting: Acting, task: str, sites: tuple[str, ...] = ()) -> dict[st
     with acting.ledger.writing() as writer:
         state = writer.state(task)
         chosen = _known(acting, sites) or [site for site, held in state.trail.items() if len(held) > 1]
-        back = {site: _last_valid(acting, state.trail.get(site, []), f"{task} at {site}") for site in chosen}
-        if not back:
-            raise RegistryError(
-                f"{task} has no previous version at any site.", "See `formulary registry history`."
-            )
-        moves = {site: placed.version for site, placed in back.items()}
-        body = {"version": max(moves.values()), "sites": moves, "because": acting.because}
-        event = writer.append(Decision.ROLLED_BACK, task, body, acting.signer)
-        for site, number in moves.items():
-            writer.queue(event, site, number)
+        return put_back(acting, writer, task, chosen)
+
+
+def put_back(acting: Acting, writer: Writer, task: str, sites: list[str]) -> dict[str, int]:
+    """As `roll_back`, within a transaction; at these sites."""
+    trail = writer.state(task).trail
+    back = {site: find_previous(acting, trail.get(site, []), f"{task} at {site}") for site in sites}
+    if not back:
+        raise RegistryError(f"{task} has no previous version anywhere.", "See `formulary registry history`.")
+    moves = {site: placed.version for site, placed in back.items()}
+    body = {"version": max(moves.values()), "sites": moves, "because": acting.because}
+    event = writer.append(Decision.ROLLED_BACK, task, body, acting.signer)
+    for site, number in moves.items():
+        writer.queue(event, site, number)
     return moves
 
 
-def _last_valid(acting: Acting, trail: list[Placement], where: str) -> Placement:
+def find_previous(acting: Acting, trail: list[Placement], where: str) -> Placement:
+    """The last champion before this one whose evidence holds; RegistryError or TrustError where none is."""
     if len(trail) < 2:
         raise RegistryError(f"{where} has no previous version.", "See `formulary registry history`.")
     reasons = []
@@ -146,13 +151,17 @@ def suspend(acting: Acting, task: str, sites: tuple[str, ...] = ()) -> list[str]
         Conflict: suspended already.
     """
     with acting.ledger.writing() as writer:
-        state, chosen = writer.state(task), _known(acting, sites) or [NETWORK]
-        if held := [site for site in chosen if site in state.suspended]:
-            by = state.suspended[held[0]]
-            raise Conflict(f"{task} is suspended at {', '.join(held)} by {by.actor} already.", "")
-        body = {"sites": chosen, "because": acting.because}
-        writer.append(Decision.SUSPENDED, task, body, acting.signer)
-    return chosen
+        return stop(acting, writer, task, _known(acting, sites) or [NETWORK])
+
+
+def stop(acting: Acting, writer: Writer, task: str, sites: list[str]) -> list[str]:
+    """As `suspend`, within a transaction; at these sites."""
+    state = writer.state(task)
+    if held := [site for site in sites if site in state.suspended]:
+        by = state.suspended[held[0]]
+        raise Conflict(f"{task} is suspended at {', '.join(held)} by {by.actor} already.", "")
+    writer.append(Decision.SUSPENDED, task, {"sites": sites, "because": acting.because}, acting.signer)
+    return sites
 
 
 def resume(acting: Acting, task: str, sites: tuple[str, ...] = ()) -> list[str]:
@@ -173,6 +182,27 @@ def resume(acting: Acting, task: str, sites: tuple[str, ...] = ()) -> list[str]:
         body = {"sites": chosen, "because": acting.because}
         writer.append(Decision.RESUMED, task, body, acting.signer)
     return chosen
+
+
+def acknowledge(acting: Acting, task: str, sites: tuple[str, ...] = ()) -> list[int]:
+    """Close the open alarms of some sites, or of every site when none is named. It resumes nothing.
+
+    Returns:
+        Their numbers.
+
+    Raises:
+        Conflict: none is open there.
+    """
+    with acting.ledger.writing() as writer:
+        open_ones, chosen = writer.state(task).alarms, _known(acting, sites)
+        closed = {site: open_ones[site] for site in chosen or open_ones if site in open_ones}
+        if not closed or set(chosen) - set(closed):
+            where = ", ".join(open_ones) or "nowhere"
+            raise Conflict(f"Alarms of {task} are open: {where}.", "")
+        numbers = sorted({event.body["alarm"] for events in closed.values() for event in events})
+        body = {"sites": list(closed), "alarms": numbers, "because": acting.because}
+        writer.append(Decision.ACKNOWLEDGED, task, body, acting.signer)
+    return numbers
 
 
 def retire(acting: Acting, task: str, version: int) -> Event:

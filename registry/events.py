@@ -15,7 +15,8 @@ from registry.signing import check_signature
 GENESIS = "0" * 64
 NETWORK = "*"
 RESTORE = "Restore the ledger from a backup: formulary registry restore FILE."
-UNSIGNED = (Decision.INCIDENT, Decision.TEST_SET_USED)  # they decide nothing in anybody's favour
+# They decide nothing in anybody's favour.
+UNSIGNED = (Decision.INCIDENT, Decision.TEST_SET_USED, Decision.ALARMED)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def authenticate(
 ) -> dict[str, TrustedKey]:
     """Hold every event to the keys that were trusted when it was written.
 
-    Only incidents and uses of test sets may be unsigned: they decide nothing in anybody's favour, and a
-    serving or training process holds no key.
+    Only incidents, alarms and uses of test sets may be unsigned: they decide nothing in anybody's favour,
+    and a serving or training process holds no key.
 
     Args:
         events: all of them, in their order; or some of them, one after the other.
@@ -123,9 +124,13 @@ def is_sound(event: Event) -> bool:
     """Whether an event that may be unsigned has the facts of its kind; readers need not ask again."""
     if event.kind == Decision.TEST_SET_USED:
         return all(isinstance(event.body.get(name), str) for name in ("digest", "set", "set_digest"))
+    if event.kind == Decision.ALARMED and not isinstance(event.body.get("alarm"), int):
+        return False
     sites = event.body.get("sites", [])
-    return event.kind != Decision.INCIDENT or (
-        isinstance(event.body.get("fact"), str) and isinstance(sites, list)
+    return event.kind not in (Decision.INCIDENT, Decision.ALARMED) or (
+        isinstance(event.body.get("fact"), str)
+        and isinstance(sites, list)
+        and all(isinstance(site, str) for site in sites)
     )
 
 

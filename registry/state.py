@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from imaging.vocabulary import Decision, Slot, TrialVerdict
-from registry.events import NETWORK, Event
+from registry.events import NETWORK, Event, is_sound
+from registry.profiles import SiteProfile, read_profile
 from registry.trials.plan import MOST_WEIGHT, SITE_SUBJECTS, Plan
 
 
@@ -61,6 +62,8 @@ class State:
         trials: site -> the silent trial that goes on there; all of one start.
         passed: site -> the trial that its challenger passed there, while the champion it was held to serves.
         canaries: site -> the version that answers a share of the studies there.
+        alarms: site -> the alarms that nobody has acknowledged, oldest first.
+        profiles: site -> package digest -> the site's own settings of it.
     """
 
     trail: dict[str, list[Placement]] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class State:
     trials: dict[str, Trial] = field(default_factory=dict)
     passed: dict[str, Trial] = field(default_factory=dict)
     canaries: dict[str, Canary] = field(default_factory=dict)
+    alarms: dict[str, list[Event]] = field(default_factory=dict)
+    profiles: dict[str, dict[str, SiteProfile]] = field(default_factory=dict)
 
     def slots(self) -> dict[str, dict[str, Placement]]:
         """Site -> slot -> placement; slots that hold nothing are absent."""
@@ -109,6 +114,8 @@ def fold(events: Iterable[Event]) -> State:
     for event in events:
         if event.kind in FOLDS:
             FOLDS[Decision(event.kind)](state, event)
+        elif event.kind in NOTES:
+            NOTES[Decision(event.kind)](state, event)
     return state
 
 
@@ -219,6 +226,33 @@ def _set_canary(state: State, event: Event) -> None:
         _settle(state)
 
 
+def _alarm(state: State, event: Event) -> None:
+    """An alarm may be told twice, the second time by who could contain it: the later record stands."""
+    for site in event.body["sites"] if is_sound(event) else ():
+        others = [one for one in state.alarms.get(site, ()) if name_alarm(one) != name_alarm(event)]
+        state.alarms[site] = [*others, event]
+
+
+def _acknowledge(state: State, event: Event) -> None:
+    for site in event.body["sites"]:
+        state.alarms.pop(site, None)
+
+
+def _profile(state: State, event: Event) -> None:
+    profile, digest = read_profile(event), event.body["digest"]
+    for site in event.body["sites"]:
+        held = state.profiles.setdefault(site, {})
+        if profile:
+            held[digest] = profile
+        elif not event.body["profile"]:
+            held.pop(digest, None)
+
+
+def name_alarm(event: Event) -> tuple[int, str]:
+    """Which row of the records an `alarmed` record is about: its number, and when it was written."""
+    return event.body["alarm"], str(event.body.get("raised"))
+
+
 def _settle(state: State) -> None:
     """End what rests on a champion that serves no more, a retired version, or a request that is closed."""
     serving = {site: trail[-1].digest for site, trail in state.trail.items() if trail}
@@ -253,6 +287,11 @@ FOLDS: dict[Decision, Callable[[State, Event], None]] = {
     Decision.SUSPENDED: _suspend,
     Decision.RESUMED: _resume,
     Decision.RETIRED: _retire,
+}
+NOTES: dict[Decision, Callable[[State, Event], None]] = {  # they move no version
+    Decision.ALARMED: _alarm,
+    Decision.ACKNOWLEDGED: _acknowledge,
+    Decision.PROFILED: _profile,
 }
 
 

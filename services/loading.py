@@ -66,7 +66,7 @@ class Loader:
 
         What nothing wants, and what is not `serving` for lack of what should, is closed after two minutes.
         """
-        self._wanted, self._serving = tuple(dict.fromkeys(wanted)), {id(served) for served in serving}
+        self._wanted, self._serving = tuple(dict.fromkeys(wanted)), {id(served.runner) for served in serving}
         self._asked.set()
 
     def find(self, wanted: Wanted) -> Served | None:
@@ -118,7 +118,7 @@ class Loader:
     def _close_unused(self) -> None:
         """End what was swapped out so long ago that no request can still hold it; forget old refusals."""
         wanted, now = set(self._wanted), time.monotonic()
-        idle = [one for one, served in self._open.items() if id(served) not in self._serving]
+        idle = [one for one, served in self._open.items() if id(served.runner) not in self._serving]
         self._unused = {one: self._unused.get(one, now) for one in idle if one not in wanted}
         for one in [one for one, since in self._unused.items() if since < now - GRACE_S]:
             self._open.pop(one).runner.close()

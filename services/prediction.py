@@ -14,8 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -26,8 +25,11 @@ from imaging.greedy import GreedyWorker
 from imaging.vocabulary import ContentType, Kind
 from monitoring import telemetry
 from monitoring.journal import Journal, Prediction, pseudonym
+from monitoring.refusals import Refusals
 from services import guard
-from services.findings import NOTICE, Found, Taken, draw_heat, find, take, write_mask
+from services.case import Case
+from services.findings import NOTICE, Found, draw_heat, find, take, write_mask
+from services.pixels import KeptPixels
 from services.problems import Reply, name_problem, tell
 from services.runner import Ran, Waiting
 from services.served import Served
@@ -36,45 +38,6 @@ from services.slots import Slots
 GROUP = 256
 HELD_BYTES = 512 * 2**20
 QUICK_BYTES = 2**18  # an .npy below this is decoded sooner than another thread would take it up
-
-
-@dataclass(slots=True, eq=False)
-class Case:
-    """One request on its way; the threads hand it on and fill it in.
-
-    Attributes:
-        asked: task, site and number of the request.
-        served: the version that answers, from the first look to the last.
-        deadline: `time.monotonic` until which an answer is wanted.
-        form: of the mask.
-        wants_heat: whether the heat map is asked for.
-        done: resolves in the event loop when `row` is durable, or `error` is set.
-    """
-
-    asked: tuple[str, str, str]
-    served: Served
-    deadline: float
-    form: str
-    wants_heat: bool
-    done: asyncio.Future[None]
-    headers: guard.Headers
-    taken: Taken = field(init=False)
-    image: str = ""
-    ran: Ran = field(init=False)
-    found: Found | None = None
-    shown: dict[str, Any] = field(default_factory=dict)
-    mask: bytes | None = None
-    heat: dict[str, Any] = field(default_factory=dict)
-    row: Prediction | None = None
-    error: Exception | None = None
-    stages_ms: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def stop(self, stage: str) -> None:
-        """The time since the last stage ended belongs to this one."""
-        now = time.perf_counter()
-        self.stages_ms[stage] = round(1000 * (now - self.last), 3)
-        self.last = now
 
 
 class Predictor:
@@ -97,7 +60,8 @@ class Predictor:
         site_of: Callable[[guard.Headers, str], str],
     ) -> None:
         self._places, self._slots, self._journal, self._site_of = places, slots, journal, site_of
-        self.quotas = guard.Quotas(sites)
+        self.quotas, self.refusals = guard.Quotas(sites), Refusals(places.var)
+        self.pixels = KeptPixels(places)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="decode")
         self._drawers = ThreadPoolExecutor(2, thread_name_prefix="draw")
         self._finisher: GreedyWorker[Case, None] = GreedyWorker("answers", self._finish, GROUP)
@@ -110,6 +74,8 @@ class Predictor:
         self._drawers.shutdown()
         self._finisher.close()
         self._pool.shutdown()
+        self.refusals.close()
+        self.pixels.stop()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one image; its row is in the journal, durably, before the 200 leaves."""
@@ -119,14 +85,19 @@ class Predictor:
             place = self._site_of(headers, (scope["client"] or ("",))[0])
             case = self._open((task, place, number), headers, scope["query_string"])
             await self._run(case, receive)
+            self.pixels.keep(case)
             reply = self._reply(case)
             outcome = "answered"
         except FormularyError as error:
             reply, outcome = tell(error, number), name_problem(error)
         except Exception as error:  # told by its type and place alone
             reply, outcome = tell(error, number), "internal"
+        finally:
+            self.pixels.release(case)
         known = task if task in self._slots.tasks else "other"
         telemetry.REQUESTS.labels(known, place, outcome).inc()
+        if outcome != "answered":
+            self.refusals.count(known, place, outcome)
         if self.draining:  # whoever keeps the connection would lose what it sends when we end
             reply.headers["connection"] = "close"
         await reply.send(send)
@@ -191,6 +162,7 @@ class Predictor:
         """Decode in the loop what is quick, in a thread what is not."""
         kind = guard.read_content_type(case.headers)
         case.image = hashlib.sha256(body).hexdigest()
+        self.pixels.hold(case, kind, body)
         if kind == ContentType.NPY and len(body) < QUICK_BYTES:
             case.taken = take(body, kind, case.served.contract)
             return
@@ -225,7 +197,9 @@ class Predictor:
         self._finisher.put(case, _settled)
 
     def _read(self, case: Case) -> Found:
-        case.found = found = find(case.taken, case.ran.answers, case.served.contract)
+        served = case.served
+        found = find(case.taken, case.ran.answers, served.contract, served.projection, served.profile)
+        case.found = found
         if not all(map(math.isfinite, found.columns.values())):
             raise NotFinite("The image's statistics are not finite.", "Send pixels of a usual size.")
         case.stop("findings")
@@ -259,13 +233,16 @@ class Predictor:
             version=served.version, package=served.digest, engine=served.engine,
             subject=pseudonym(self._places.var, site, subject[:256]) if subject else None,
             image=case.image, columns=found.columns, stages_ms=dict(case.stages_ms),
-            answer=found.digest(), batch=ran.batch,
+            answer=found.digest(), batch=ran.batch, acquisition=case.taken.image.acquisition,
         )  # fmt: skip
 
     def _reply(self, case: Case) -> Reply:
         row, found = cast("Prediction", case.row), cast("Found", case.found)
         for stage, spent in case.stages_ms.items():
             telemetry.STAGE.labels(row.task, stage).observe(spent / 1000)
+        telemetry.ANSWER.labels(row.task).observe(sum(case.stages_ms.values()) / 1000)
+        if row.columns.get("abstained"):
+            telemetry.ABSTENTIONS.labels(row.task, row.site).inc()
         timing = ", ".join(f"{name};dur={spent}" for name, spent in case.stages_ms.items())
         headers = {"x-request-id": row.request_id, "server-timing": timing}
         told = {

@@ -38,6 +38,7 @@ STATUS: dict[type[FormularyError], int] = {
     errors.Overloaded: 429,
     errors.Expired: 504,
     errors.UnknownJob: 404,
+    errors.UnknownPrediction: 404,
     errors.NoResult: 409,
     errors.JournalDown: 503,
     errors.ServingError: 503,
@@ -49,6 +50,7 @@ STATUS: dict[type[FormularyError], int] = {
     errors.Refused: 409,
     errors.RegistryError: 409,
     errors.ConfigError: 500,
+    errors.WrongLabel: 422,
     errors.DataError: 500,
     FormularyError: 500,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from imaging.vocabulary import ContentType
+from registry.profiles import NEGATIVE, POSITIVE
+from services.assessments import ASSESSMENT, describe_assessments
 from services.findings import NOTICE
 from services.job_schemas import JOB, describe_jobs
 from services.registry_routes import describe_actions
@@ -56,7 +58,10 @@ TOLD = {
 }
 FOUND = {
     "probabilities": _map(NUMBER, description="of each class"),
-    "positive": {"type": "boolean", "description": "probability at or above the threshold"},
+    "positive": {
+        "type": ["boolean", "null"],
+        "description": "probability at or above the threshold; null where the answer abstains",
+    },
     "threshold": NUMBER,
     "probability": {"type": "number", "description": "detection: of the most certain lesion"},
     "lesions": {
@@ -77,6 +82,13 @@ FOUND = {
     },
     "heat_withheld": {"type": "string", "description": "why the heat map is not shown: its audit failed"},
     "uncertainty": {"type": "number", "description": "mean entropy in nats"},
+    "profile": {"type": "integer", "description": "number of the site's profile that the answer follows"},
+    "abstained": {
+        "type": "boolean",
+        "description": "the prediction set is not one class: nothing is decided",
+    },
+    "prediction_set": {"type": "array", "items": {"enum": [NEGATIVE, POSITIVE]}},
+    "guarantee": {"type": "string", "description": "what is promised of the prediction sets"},
 }
 ANSWER = _object(TOLD | FOUND, tuple(FOUND))
 MODELS = _object({
@@ -128,6 +140,7 @@ def describe_api(tasks: tuple[str, ...], sites: tuple[str, ...]) -> dict[str, An
         "/openapi.json": {"get": _get("This document", "application/json", {"type": "object"})},
         "/docs": {"get": _get("This document for people", "text/html")},
         **describe_jobs(task, site),
+        **describe_assessments(site),
         **describe_actions(),
     }
     for path, operations in paths.items():
@@ -146,7 +159,7 @@ def describe_api(tasks: tuple[str, ...], sites: tuple[str, ...]) -> dict[str, An
         },
         "paths": paths,
         "components": {
-            "schemas": {"Problem": PROBLEM, "Answer": ANSWER, "Job": JOB},
+            "schemas": {"Problem": PROBLEM, "Answer": ANSWER, "Job": JOB, "Assessment": ASSESSMENT},
             "securitySchemes": {"key": key, "token": token},
         },
     }

@@ -34,6 +34,7 @@ class Tables:
         opening: versions that are approved and not open yet.
         stopped: the events that suspended a task.
         trials: silent trials that go on.
+        alarms: what nobody has acknowledged.
     """
 
     generation: int = -1
@@ -43,6 +44,7 @@ class Tables:
     opening: dict[Key, int] = field(default_factory=dict)
     stopped: dict[Key, Event] = field(default_factory=dict)
     trials: dict[Key, Trial] = field(default_factory=dict)
+    alarms: dict[Key, list[Event]] = field(default_factory=dict)
 
 
 @dataclass
@@ -181,7 +183,7 @@ class Slots:
             place, wanted = (task, site), wishes.wish(placement)
             served = self.loader.find(wanted) or self._keep(place, state)
             if served:
-                tables.champions[place] = served
+                tables.champions[place] = served.at(site, state)
             elif self.loader.is_refused(wanted):
                 tables.withheld[place] = placement.version
             else:
@@ -190,13 +192,14 @@ class Slots:
             if stop := state.stopped(site):
                 tables.stopped[(task, site)] = stop
         tables.trials |= {(task, site): trial for site, trial in state.trials.items()}
+        tables.alarms |= {(task, site): events for site, events in state.alarms.items()}
 
     def _fill_rest(self, tables: Tables, state: State, wishes: Wishes) -> None:
         """One task's canaries, and what a rollback would bring back."""
         for site, canary in state.canaries.items():
             place, served = (wishes.task, site), self.loader.find(wishes.wish(canary.placed))
             if served and place in tables.champions:
-                tables.canaries[place] = served, canary.weight
+                tables.canaries[place] = served.at(site, state), canary.weight
         for slots in state.slots().values():
             if previous := slots.get(Slot.PREVIOUS):
                 wishes.wish_later(previous)
