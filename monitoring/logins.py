@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from imaging.errors import JournalDown
 from imaging.vocabulary import Entry
+from monitoring.tally import Tally
 from registry.database import open_database, writing
-
-LOG = logging.getLogger(__name__)
-EVERY_S = 60.0  # one row a kind of refusal in this time, with a count
-KINDS = 32  # of refusals in that time; what goes beyond is counted by its outcome alone
-RETRY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,76 +50,20 @@ def name_network(address: str) -> str:
     return "loopback" if told.is_loopback else str(ipaddress.ip_network((told, width), strict=False))
 
 
-class Logins:
-    """Notes in memory, at once; rows by a thread of its own, so that nobody at the door waits for a disk.
-
-    A row is written as soon as its kind was not written for a minute; what comes in between is counted into
-    the next row. What cannot be written is kept, and tried again.
+class Logins(Tally[Login]):
+    """Counts who comes in, each of them, and who is turned away, of these at most 32 kinds a minute.
 
     Args:
         var: of the checkout; the rows go into the journal's database.
     """
 
     def __init__(self, var: Path) -> None:
-        self._var = var
-        self._lock, self._wake, self._stop = threading.Lock(), threading.Event(), threading.Event()
-        self._counts: Counter[Login] = Counter()
-        self._next: dict[Login, float] = {}
-        self._thread: threading.Thread | None = None
+        super().__init__("logins", lambda counts: write_logins(var, counts), _outline)
 
-    def note(self, login: Login) -> None:
-        """Count one; microseconds."""
-        with self._lock:
-            if login.outcome != Entry.ADMITTED and self._is_one_too_many(login):
-                login = replace(login, who="", site="", address="elsewhere")
-            self._counts[login] += 1
-            if not self._thread:  # not earlier: a process that only loads this file needs no thread
-                self._thread = threading.Thread(target=self._work, name="logins", daemon=True)
-                self._thread.start()
-        if login not in self._next:
-            self._wake.set()
 
-    def close(self) -> None:
-        """Write what is counted, and stop."""
-        self._stop.set()
-        self._wake.set()
-        if self._thread:
-            self._thread.join(RETRY_S)
-        self._try(everything=True)
-
-    def _is_one_too_many(self, login: Login) -> bool:
-        kinds = {*self._next, *self._counts}
-        return login not in kinds and sum(one.outcome != Entry.ADMITTED for one in kinds) >= KINDS
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            self._wake.wait(RETRY_S)
-            self._wake.clear()
-            if not self._try():
-                self._stop.wait(RETRY_S)
-
-    def _try(self, everything: bool = False) -> bool:
-        try:
-            self._write(everything)
-        except JournalDown as error:
-            LOG.error("%s Logins are kept, and tried again.", error.fact)
-            return False
-        return True
-
-    def _write(self, everything: bool) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self._next = {login: due for login, due in self._next.items() if due > now}
-            due = Counter({one: n for one, n in self._counts.items() if everything or one not in self._next})
-            self._counts -= due
-            self._next |= dict.fromkeys(due, now + EVERY_S)
-        try:
-            write_logins(self._var, due)
-        except BaseException:
-            with self._lock:
-                self._counts += due
-                self._next = {login: until for login, until in self._next.items() if login not in due}
-            raise
+def _outline(login: Login) -> Login:
+    """Whoever came in is never one too many; of strangers the outcome alone stays."""
+    return login if login.outcome == Entry.ADMITTED else Login("", "", login.outcome, "elsewhere")
 
 
 def write_logins(var: Path, counts: Counter[Login]) -> None:
@@ -135,8 +72,6 @@ def write_logins(var: Path, counts: Counter[Login]) -> None:
     Raises:
         JournalDown: the database cannot be written.
     """
-    if not counts:
-        return
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
     insert = text(
         "INSERT INTO access (at, who, site, outcome, address, count) "

@@ -13,8 +13,10 @@ from typing import Self
 
 from imaging.config import Places
 from imaging.errors import NotReady
+from monitoring.alerting import PROGRAMS, is_installed
 
 PORTS = {"MLFLOW_PORT": 5000, "GATEWAY_PORT": 3000, "EVIDENTLY_PORT": 8000}
+DEBIAN_PORTS = {"PROMETHEUS_PORT": 9090, "ALERTMANAGER_PORT": 9093}  # of programs that may be missing
 
 
 def is_free(port: int) -> bool:
@@ -58,6 +60,25 @@ def stack_environment(ports: dict[str, int]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def choose_ports() -> tuple[dict[str, int], list[str]]:
+    """The ports of what `make up` starts, by their names in the environment, and what is not installed.
+
+    Raises:
+        NotReady: one is in use.
+    """
+    missing = [name for name in PROGRAMS if not is_installed(name)]
+    wanted = {**PORTS, **DEBIAN_PORTS}
+    for name in missing:
+        del wanted[f"{name.upper()}_PORT"]
+    return check_ports({name: int(os.environ.get(name, port)) for name, port in wanted.items()}), missing
+
+
+def read_processes(places: Places) -> dict[str, str]:
+    """The lines of the Procfile: name -> command."""
+    lines = (places.root / "Procfile").read_text().splitlines()
+    return {name: told.strip() for name, told in (line.split(":", 1) for line in lines if ":" in line)}
+
+
 class Stack:
     """The Procfile's processes as children that end with this object.
 
@@ -69,9 +90,8 @@ class Stack:
 
     def __init__(self, places: Places, ports: dict[str, int], names: tuple[str, ...]) -> None:
         self._places, self.ports = places, ports
-        lines = (places.root / "Procfile").read_text().splitlines()
-        commands = dict(line.split(":", 1) for line in lines if ":" in line)
-        self._commands = {name: commands[name].strip() for name in names}
+        commands = read_processes(places)
+        self._commands = {name: commands[name] for name in names}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:

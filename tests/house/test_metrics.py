@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
-from monitoring.journal import VerdictRow, open_journal
-from monitoring.telemetry import METRICS, Serving, StateCollector
+from monitoring.gauges import Now, Serving
+from monitoring.journal import Prediction, open_journal
+from monitoring.telemetry import METRICS
+from tests.tiny_state import write_state
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -19,12 +21,13 @@ def in_code(tmp_path):
     for collector in METRICS._collector_to_names:
         (family,) = collector.describe() or list(collector.collect())
         found[family.name] = (family.type, tuple(collector._labelnames))
-    journal = open_journal(tmp_path)
-    journal.write_verdict(
-        VerdictRow("2024-01-01T00:00:00+00:00", "t", "s", 1, 1, 1, "drift", "", 0.1, {}, "")
-    )
-    for family in StateCollector(journal, Serving({("t", "s"): 1})).collect():
-        found[family.name] = (family.type, tuple(family.samples[0].labels))
+    journal, place = open_journal(tmp_path), ("t", "s")
+    journal.append([Prediction("i", "r", "t", "s", 1, "p", "e", None, "0" * 64, {}, {})])
+    write_state(journal, [place], last=1)
+    serving = Serving({place: 1}, suspended=frozenset([place]), alarms={(*place, "pixels"): 1})
+    for gauge in Now(journal, serving).collect():
+        assert gauge.rows, f"{gauge.name} tells nothing"
+        found[gauge.name] = ("gauge", gauge.labels)
     return found
 
 

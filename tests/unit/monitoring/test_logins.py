@@ -8,8 +8,8 @@ import pytest
 
 from imaging.errors import JournalDown
 from imaging.vocabulary import Entry
-from monitoring import logins
-from monitoring.logins import KINDS, Login, Logins, name_network, read_logins, write_logins
+from monitoring.logins import Login, Logins, name_network, read_logins, write_logins
+from monitoring.tally import KINDS
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_a_first_one_is_written_at_once_and_the_rest_of_its_minute_counted(book,
 
 
 def test_after_a_minute_there_is_another_row(book, tmp_path, monkeypatch):
-    monkeypatch.setattr(logins, "EVERY_S", 0.2)
-    monkeypatch.setattr(logins, "RETRY_S", 0.1)
+    monkeypatch.setattr(book, "every_s", 0.2)
+    monkeypatch.setattr(book, "retry_s", 0.1)
     for _ in range(3):
         book.note(refusal())
     wait(lambda: sum(row["count"] for row in read_logins(tmp_path, 9)) == 3)
@@ -78,7 +78,7 @@ def test_strangers_from_everywhere_do_not_fill_the_disk_and_hide_nobody_who_came
 
 
 def test_what_cannot_be_written_is_kept_and_written_when_it_can(book, tmp_path, monkeypatch):
-    monkeypatch.setattr(logins, "RETRY_S", 0.1)
+    monkeypatch.setattr(book, "retry_s", 0.1)
     (tmp_path / "journal.db").mkdir()
     for _ in range(5):
         book.note(refusal())

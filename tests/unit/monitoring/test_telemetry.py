@@ -1,6 +1,7 @@
 """A scrape is readable, complete, and grows with the configuration and never with the traffic."""
 
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from imaging.greedy import GreedyWorker
 from monitoring import telemetry
+from monitoring.gauges import Serving
 from monitoring.journal import VerdictRow
-from monitoring.telemetry import Serving, exposition
+from monitoring.telemetry import exposition
+from tests.tiny_state import ESTIMATE, write_state
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
-LABELS = {"hash", "task", "site", "outcome", "reason", "stage", "le"}
+LABELS = {"hash", "task", "site", "outcome", "reason", "stage", "le", "part", "measure", "bound"}
 SERVING = {("brain", "north"): 3}
 
 
@@ -83,6 +86,7 @@ def test_labels_are_of_the_few_that_are_bounded(journal):
     journal.write_verdict(verdict("north", "drift"))
     telemetry.REQUESTS.labels("other", "other", "not-approved")
     telemetry.STAGE.labels("other", "engine")
+    write_state(journal, [("brain", "north")])
     samples = [sample for family in scrape(journal).values() for sample in family.samples]
     assert {label for sample in samples for label in sample.labels} <= LABELS
 
@@ -101,3 +105,83 @@ def test_a_group_is_counted_by_its_rows_and_its_commits_are_timed(journal, predi
     assert grown("formulary_journal_rows", "formulary_journal_rows_total") == 3
     assert grown("formulary_journal_commit_seconds", "formulary_journal_commit_seconds_count") == 3
     assert 0 < grown("formulary_journal_commit_seconds", "formulary_journal_commit_seconds_sum") < 3
+
+
+def test_what_the_monitor_wrote_is_told_as_it_stands(journal, predict):
+    journal.append([predict(), predict(), predict()])
+    write_state(journal, [("brain", "north")], last=2)
+    told = scrape(journal)
+    accuracy = {(s.labels["measure"], s.labels["bound"]): s.value
+                for s in told["formulary_accuracy_estimated"].samples}  # fmt: skip
+    assert accuracy == {(measure, bound): value for measure in ("accuracy", "sensitivity", "specificity")
+                        for bound, value in ESTIMATE["estimated"][measure].items()}  # fmt: skip
+    assert len(told["formulary_accuracy_realised"].samples) == 3
+    assert values(told["formulary_accuracy_verdict"]) == {("brain", "north"): 0}
+    assert values(told["formulary_combined_score"]) == {("brain", "north"): 1.5}
+    assert 0 <= values(told["formulary_site_idle_seconds"])["brain", "north"] < 30
+    single = {name: told[name].samples[0].value for name in told
+              if name.startswith(("formulary_monitor", "formulary_journal_"))
+              and told[name].type == "gauge"}  # fmt: skip
+    assert single["formulary_monitor_lag_rows"] == 1
+    assert 0 <= single["formulary_monitor_pass_age_seconds"] < 30
+    assert single["formulary_journal_bytes"] > 50_000
+    assert single["formulary_journal_up"] == 1
+
+
+def test_the_newest_version_of_a_site_is_told_and_a_site_without_a_score_is_not(journal, predict):
+    journal.append([predict(), predict()])
+    write_state(journal, [("brain", "north")], last=1)
+    with journal.engine.connect() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO streams VALUES "
+            "('brain', 'north', 2, 1, 2, '{\"combined\": {\"score\": 7, \"enough\": true}}', x''), "
+            "('brain', 'east', 1, 0, 0, '{\"combined\": {\"score\": 0, \"enough\": false}}', x'')"
+        )
+        connection.commit()
+    told = scrape(journal)
+    assert values(told["formulary_combined_score"]) == {("brain", "north"): 7}
+    assert set(values(told["formulary_site_idle_seconds"])) == {("brain", "north")}
+
+
+def test_open_alarms_are_told_by_what_is_watched_and_unknown_words_do_not_become_labels(journal):
+    told = Serving(SERVING, suspended=frozenset([("brain", "east")]),
+                   alarms={("brain", "north", "pixels"): 2, ("brain", "north", "anything"): 1})  # fmt: skip
+    text, _ = exposition(journal, told)
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    assert values(families["formulary_suspended"]) == {("brain", "east"): 1}
+    alarms = {sample.labels["part"]: sample.value for sample in families["formulary_open_alarms"].samples}
+    assert alarms == {"pixels": 2, "other": 1}
+
+
+def test_a_label_is_read_back_as_it_was_whatever_it_contains(journal):
+    place = ('a "quoted" task', "back\\slash\nand line")
+    assert values(scrape(journal, {place: 1})["formulary_serving_version"]) == {place: 1}
+
+
+def test_a_journal_that_cannot_be_read_is_said_and_what_serves_is_told_all_the_same(journal, tmp_path):
+    write_state(journal, [("brain", "north")])
+    with journal.engine.connect() as connection:
+        connection.exec_driver_sql("DROP TABLE verdicts")
+        connection.commit()
+    told = scrape(journal)
+    assert told["formulary_journal_up"].samples[0].value == 0
+    assert values(told["formulary_serving_version"]) == {("brain", "north"): 3}
+    assert "formulary_drift" not in told
+    assert "formulary_combined_score" not in told
+
+
+def test_a_scrape_of_a_thousand_places_is_quick(journal, predict):
+    places = [(f"task-{task}", f"site-{site}") for task in range(10) for site in range(100)]
+    body = {**ESTIMATE, "realised": ESTIMATE["estimated"], "weeks": [{"week": "2026-W48", "labels": 9}] * 50}
+    journal.append([predict()])
+    for _ in range(2):
+        write_state(journal, places, body, last=1, history=bytes(20_000))
+    told = Serving(dict.fromkeys(places, 1), alarms={(*place, "pixels"): 1 for place in places})
+    exposition(journal, told)
+    spent = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        text, _ = exposition(journal, told)
+        spent.append(time.perf_counter() - begun)
+    assert text.count(b"formulary_accuracy_realised{") == 9_000
+    assert min(spent) < 0.6, f"{min(spent):.3f} s; 0.3 s is the promise, on a machine that does nothing else"
