@@ -16,6 +16,7 @@ from imaging.config import read_params, read_places, read_sites
 from imaging.terminal import print_table
 from imaging.vocabulary import Scope
 from services.access_commands import keys, serve
+from services.console_commands import login
 from services.trial_commands import canary, trial
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -44,6 +45,7 @@ def qualify(task: str) -> None:
 
 services.add_command(serve)
 services.add_command(keys)
+services.add_command(login)
 services.add_command(trial)
 services.add_command(canary)
 
@@ -126,6 +128,21 @@ def list_served(as_json: bool) -> None:
                  for row in rows])  # fmt: skip
 
 
+@services.command("forget-pixels")
+@click.argument("site")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget_pixels(site: str, yes: bool) -> None:
+    """Remove the key of SITE's kept pixels, so that no copy of them can be read, and the pixels."""
+    from services.vault import forget, read_days
+
+    places = read_places()
+    if not yes:
+        click.confirm(f"Remove the key and all kept pixels of {site}? There is no way back.", abort=True)
+    click.echo(f"{forget(places, site)} images of {site} were removed, and their key.")
+    if days := read_days(places).get(site):
+        click.echo(f"sites.yaml still has keep_days: {days} there: new ones are kept, under a new key.")
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--task", required=True, help="What to ask: a task of params.yaml.")
@@ -189,14 +206,17 @@ def demo(tasks: tuple[str, ...], subjects: int) -> None:
 @click.command()
 def up() -> None:
     """Start the stack of the Procfile on loopback, and leave it running until Ctrl-C."""
-    from services.stack import PORTS, check_ports, stack_environment
+    from services.stack import choose_ports, read_processes, stack_environment
 
     places = read_places()
-    ports = check_ports({name: int(os.environ.get(name, port)) for name, port in PORTS.items()})
+    ports, missing = choose_ports()
     for name, port in ports.items():
-        click.echo(f"{name.removesuffix('_PORT').lower():<10} http://127.0.0.1:{port}")
+        click.echo(f"{name.removesuffix('_PORT').lower():<12} http://127.0.0.1:{port}")
+    for name in missing:
+        click.echo(f"{name:<12} is not installed: deploy/debian.sh installs it")
     os.chdir(places.root)
     command = [sys.executable, "-m", "honcho", "start", "-f", "Procfile"]
+    command += [name for name in read_processes(places) if name not in missing]
     os.execve(sys.executable, command, stack_environment(ports))
 
 

@@ -24,6 +24,7 @@ from services.problems import tell
 
 LOG = logging.getLogger(__name__)
 OPEN = ("/livez", "/readyz")
+CONSOLE = "/console"  # has a login of its own
 HERE = ("loopback", "here")
 LOOK_S = 0.5  # between two looks at the files: a revocation holds within a second
 TOKENS = 4096
@@ -171,6 +172,10 @@ class Credentials:
         kind, fact, fix = REFUSALS[why]
         raise kind(fact, fix)
 
+    def note(self, login: Login) -> None:
+        """Write what happened at another door into the same audit."""
+        self._logins.note(login)
+
     def close(self) -> None:
         """Write what the audit still has to write."""
         self._logins.close()
@@ -252,7 +257,7 @@ class Entrance:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN:
+        if scope["type"] == "lifespan" or scope["path"] in OPEN or _is_console(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -264,6 +269,10 @@ class Entrance:
             await _turn_away(error, scope, send)
             return
         await self._app(scope, receive, send)
+
+
+def _is_console(scope: Scope) -> bool:
+    return scope["type"] == "http" and f"{scope['path']}/".startswith(f"{CONSOLE}/")
 
 
 def address_of(scope: Scope) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +27,10 @@ from imaging.errors import FormularyError, NotReady
 from imaging.reading import decode
 from imaging.vocabulary import ContentType, Modality
 from monitoring import telemetry
+from monitoring.gauges import Serving
 from monitoring.journal import open_journal
+from services.assessments import make_assessment_routes
+from services.console.pages import Console
 from services.credentials import Credentials, Entrance
 from services.findings import NOTICE, encode
 from services.guard import request_id
@@ -95,7 +99,9 @@ class Routes:
             Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/docs", self.docs, methods=["GET"]),
             *make_routes(self._places),
+            *Console(self._places, self._journal, self.credentials, self._slots).routes(),
             *make_job_routes(self._places, self._jobs, self._slots.find, self.credentials.site_of),
+            *make_assessment_routes(self._places, self._journal, self.credentials.site_of),
         ]
         handlers: Any = {
             FormularyError: answer_error,
@@ -137,7 +143,12 @@ class Routes:
     async def metrics(self, _: Request) -> Response:
         """Prometheus' scrape."""
         versions = {place: served.version for place, served in self._slots.table.items()}
-        serving = telemetry.Serving(versions, max(0, self._slots.tables.generation), self._slots.head)
+        tables = self._slots.tables
+        alarms = Counter((*place, str(event.body.get("part")))
+                         for place, events in tables.alarms.items() for event in events)  # fmt: skip
+        serving = Serving(
+            versions, max(0, tables.generation), self._slots.head, frozenset(tables.stopped), alarms
+        )
         text, kind = await asyncio.to_thread(telemetry.exposition, self._journal, serving)
         return Response(text, headers={"Content-Type": kind})
 
@@ -158,6 +169,7 @@ class Routes:
         await asyncio.to_thread(self._slots.start)
         await asyncio.to_thread(_warm_readers)
         self._jobs.start()
+        self.predictor.pixels.start()
         self._drain_on_stop()
         yield
         self.predictor.draining = self.predictor.stopping = True

@@ -17,8 +17,9 @@ import psutil
 import pytest
 import yaml
 
+from monitoring.alerting import is_installed
 from registry.package import digest_package
-from services.stack import PORTS, free_port
+from services.stack import DEBIAN_PORTS, PORTS, free_port
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("brain-tissue", "lung-nodule", "retinopathy", "histology")
@@ -226,7 +227,8 @@ def test_a_misspelt_key_is_refused_by_name(demo, name, old, new):
 
 
 def test_the_stack_comes_up_with_every_page_and_goes_down_with_a_word(demo):
-    ports = {name: str(free_port()) for name in PORTS}
+    debian = [name for name in DEBIAN_PORTS if is_installed(name.removesuffix("_PORT").lower())]
+    ports = {name: str(free_port()) for name in [*PORTS, *debian]}
     stack = subprocess.Popen([sys.executable, "-m", "formulary", "up"], cwd=demo.root, text=True,
                              env={**demo.environment, **ports}, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)  # fmt: skip

@@ -78,6 +78,7 @@ def find_routes(application):
 
 def test_every_route_but_health_answers_401_without_a_credential(door, guarded):
     routes = find_routes(Routes(guarded, Slots(guarded, "openvino/f32")).build())
+    routes = [route for route in routes if not route.path.startswith("/console")]  # has a login of its own
     paths = {route.path.replace("{task}", "nodes").replace("{id}", "x") for route in routes}
     assert {"/docs", "/openapi.json", "/metrics", "/v1/models/nodes/predict"} <= paths
     paths |= {"/nothing", "/v1/models/nobody/predict", "/healthz", "/schema.json", "/docs.json", "//metrics"}
