@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 from imaging.config import Places
-from imaging.errors import FormularyError, RegistryError, TrustError
+from imaging.errors import RegistryError, TrustError
 from imaging.vocabulary import Contained as Outcome
 from imaging.vocabulary import Containment, Decision, Scope
 from monitoring.records import Alarm, Records
@@ -21,6 +22,7 @@ from registry.state import State, name_alarm
 
 LOG = logging.getLogger(__name__)
 MONITOR = "monitor"  # the identity that contains; FORMULARY_MONITOR names another
+LONGEST_S = 5.0
 HURT = (Outcome.SUSPENDED, Outcome.FELL_BACK)
 
 
@@ -57,10 +59,13 @@ def contain_new(places: Places, records: Records, ledger: Ledger) -> list[Contai
     new = [alarm for alarm in alarms if (alarm.seq, alarm.at) not in known]
     if new and why:
         LOG.error("alarms cannot contain anything: %s", why)
+    until = time.monotonic() + LONGEST_S
     for alarm in new:
+        if time.monotonic() > until:  # a pass may come between; the rest is worked off after it
+            break
         try:
             told.append(contain(places, acting, alarm))
-        except FormularyError:
+        except Exception:  # whatever is wrong with one must not keep the others from their sites
             LOG.exception("alarm %d of %s at %s could not be worked off", alarm.seq, alarm.task, alarm.site)
     return told
 

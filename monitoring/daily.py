@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from imaging.errors import TrustError
 from imaging.vocabulary import Judged
 from registry.package import read_contract, shelf
 
@@ -35,6 +36,10 @@ class Days:
     )
     newest: dict[Key, int] = field(default_factory=dict)
 
+    def list_days(self, place: tuple[str, str, int]) -> set[int]:
+        """Days of which there is anything but answers."""
+        return {*self.refused[place[:2]], *self.judged[place]}
+
     def tell(self, place: tuple[str, str, int], day: int, answered: int) -> dict[str, float]:
         """The daily streams of a version at a site; what there is nothing of is left out."""
         told: dict[str, float] = {}
@@ -56,7 +61,8 @@ def read_days(connection: Connection, since: dict[Key, int], var: Path) -> Days:
         since: (task, site) -> ordinal of the last day that is over there.
         var: holds the packages, for their operating points.
     """
-    days, floor = Days(), date.fromordinal(max(1, min(since.values(), default=1))).isoformat()
+    days, known = Days(), [day for day in since.values() if day]
+    floor = date.fromordinal(min(known)).isoformat() if known else ""
     refused = text(
         "SELECT task, site, substr(at, 1, 10) AS day, SUM(count) AS count FROM refusals WHERE at >= :floor "
         f"AND reason IN {IMAGE} GROUP BY task, site, day"
@@ -80,8 +86,10 @@ def _judge(row: dict[str, Any], var: Path) -> tuple[bool, bool | None]:
     objects = row["verdict"] in (Judged.REJECTED, Judged.CORRECTED)
     if row["truth"] is None or row["probability"] is None:
         return objects, None
-    threshold = row["threshold"]
-    bound = read_threshold(var, row["package"]) if threshold is None else threshold
+    try:
+        bound = read_threshold(var, row["package"]) if row["threshold"] is None else row["threshold"]
+    except TrustError:  # serving says so; until it is there again nobody knows
+        return objects, None
     wrong = (row["probability"] >= bound) != bool(row["truth"])
     return objects or wrong, wrong
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from registry.ledger import open_ledger
 from registry.package import Contract, read_contract, shelf
 
 MORE = 20  # subjects since the last estimate
+AGAIN_S = 60  # between two estimates of a place whose labels come one by one
 NEWEST = 500  # subjects that an estimate rests on
 SCORES = ("probability", *KEPT)  # as streams have them
 
@@ -42,16 +44,23 @@ class Estimator:
         Args:
             streams: of the place.
             labels: how many assessments it has.
+
+        Returns:
+            At most one row.
         """
-        more = streams.subjects >= streams.estimated[0] + MORE or labels != streams.estimated[1]
+        more = streams.subjects >= streams.estimated[0] + MORE or self.owes(streams, labels)
         package = self._open(streams.package) if more and streams.package else None
         if package is None:
             return []
-        streams.estimated = [streams.subjects, labels]
+        streams.estimated = [streams.subjects, labels, int(time.time())]
         told = read_labels(self._records, streams.task, streams.site, streams.version)
         body = estimate_place(_list_cases(streams), told, package[1], package[0], streams.site)
         return [EstimateRow(task=streams.task, site=streams.site, version=streams.version,
                             last_seq=streams.last_seq, body=body)]  # fmt: skip
+
+    def owes(self, streams: Streams, labels: int, soon: bool = False) -> bool:
+        """Whether labels came that no estimate knows; `soon` asks no matter when the last one was made."""
+        return labels != streams.estimated[1] and (soon or time.time() - streams.estimated[2] >= AGAIN_S)
 
     def _open(self, digest: str) -> tuple[Contract, dict[str, Any]] | None:
         """Contract and evaluation of a package; None where its evidence does not hold."""

@@ -22,7 +22,8 @@ from monitoring.streams import RECENT_DAYS, Streams, Table, part_of
 from registry.projection import AXES
 from registry.surveillance import Surveillance
 
-QUIET = 30  # values after a crossing in which another one of the stream, in its direction, is no new alarm
+TINY = 1e-6  # a limit is above 0, however large the budget
+QUIET = 60  # values after a crossing in which another one of the stream, in its direction, is no new alarm
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Judge:
         seed = zlib.crc32(f"{streams.task} {streams.site} {streams.version}".encode())
         by_day = asked.model_copy(update={"unit": Unit.DAY})
         limits = (charts.limit(one, max(1, active)) for one in (asked, by_day))
-        subjects, days = (Setting(limit, asked.allowance, asked.least, seed) for limit in limits)
+        subjects, days = (Setting(max(limit, TINY), asked.allowance, asked.least, seed) for limit in limits)
         return subjects, days
 
     def _close_days(self, streams: Streams) -> None:
@@ -76,50 +77,50 @@ class Judge:
         if not streams.closed:
             streams.closed = (int(cases.days[0]) if len(cases.days) else self.today) - 1
         place, days, rows = (streams.task, streams.site, streams.version), [], []
-        for day in range(streams.closed + 1, self.today):
+        seen = {*cases.days.tolist(), *self.days.list_days(place)}
+        for day in sorted(one for one in seen if streams.closed < one < self.today):
             of_day = cases.days == day
             told = self.days.tell(place, day, int(of_day.sum()))
             if of_day.any():
-                means = cases.values[of_day].mean(axis=0) if len(cases.names) else []
-                told |= {name: float(mean) for name, mean in zip(cases.names, means, strict=True)
-                         if name not in AXES and not math.isnan(mean)}  # fmt: skip
+                told |= _average(cases, of_day)
             if told:
                 days.append(day)
                 rows.append(told)
         streams.closed = max(streams.closed, self.today - 1)
         streams.daily.append(days, rows)
 
-    def _windows(self, streams: Streams) -> Iterator[slice]:
-        """Rows of each whole window since the last one; windows do not overlap."""
+    def _windows(self, streams: Streams) -> Iterator[NDArray[np.intp]]:
+        """Rows of each whole window since the last one; windows do not overlap, and lack no embedding."""
         asked, cases = self.surveillance, streams.cases
-        start = max(0, streams.tested - cases.dropped)
-        while (end := start + asked.window) <= len(cases.days):
+        names = [name for name in AXES if name in cases.names]
+        rows = np.flatnonzero(np.isfinite(cases.select(names)).all(axis=1)) if names else np.zeros(0, int)
+        rows = rows[rows >= streams.tested - cases.dropped]
+        days = np.maximum.accumulate(cases.days[rows])
+        while asked.window <= len(rows):
+            end = asked.window
             if asked.unit is Unit.DAY:  # enough of them, and of enough days
-                enough = int(cases.days[start]) + asked.window_days - 1
-                end = max(end, int(np.searchsorted(cases.days, enough)) + 1)
-                if end > len(cases.days):
-                    return
-            yield slice(start, end)
-            start = end
-            streams.tested = cases.dropped + end
+                end = max(end, int(np.searchsorted(days, int(days[0]) + asked.window_days - 1)) + 1)
+            if end > len(rows):
+                return
+            yield rows[:end]
+            streams.tested = cases.dropped + int(rows[end - 1]) + 1
+            rows, days = rows[end:], days[end:]
 
-    def _compare(self, streams: Streams, chosen: slice) -> list[Alarm]:
-        """Compare a window with the reference."""
+    def _compare(self, streams: Streams, chosen: NDArray[np.intp]) -> list[Alarm]:
+        """Compare a window with the reference. Until one is in bounds again, it is the same event."""
         asked, cases = self.surveillance, streams.cases
         names, days = [name for name in AXES if name in cases.names], cases.days[chosen]
         window = cases.select(names)[chosen].astype(float)
-        if not names or np.isnan(window).any():
-            return []
         reference = self._reference(streams, window, days)
-        if reference is None:
+        if reference is None or reference.shape[1] != window.shape[1]:
             return []
-        span = int(days[-1] - days[0]) + 1
-        daily = asked.unit is Unit.DAY
+        span, daily = int(days.max() - days.min()) + 1, asked.unit is Unit.DAY
         level = windows.level(asked, span if daily else len(days) / asked.per_day)
-        seed = cases.dropped + chosen.start
         told = np.concatenate([np.array(streams.own_days, int), days]) if daily else None
+        seed = cases.dropped + int(chosen[0])
         statistic, p = windows.compare_windows(reference, window, windows.PERMUTATIONS, seed, told)
-        first, last = (date.fromordinal(int(day)).isoformat() for day in (days[0], days[-1]))
+        first, last = (date.fromordinal(int(day)).isoformat() for day in (days.min(), days.max()))
+        known = streams.window.get("p", 1.0) <= streams.window.get("level", 0.0)
         streams.window = {
             "p": p,
             "level": level,
@@ -127,7 +128,7 @@ class Judge:
             "subjects": len(window),
             "day": last,
         }
-        if p > level:
+        if p > level or known:
             return []
         return [self._alarm(streams, {
             "kind": "window", "statistic": "embedding", "part": Part.EMBEDDING, "direction": "both",
@@ -171,7 +172,7 @@ class Judge:
         )  # fmt: skip
 
     def _combine(self, streams: Streams, settings: tuple[Setting, Setting]) -> None:
-        """The combined score: of each part its stream nearest to its limit, weighted; 1 is at the limit."""
+        """The combined score: of each part its stream nearest to a limit (1), weighted; and the nearest."""
         parts: dict[Part, float] = {}
         for table, setting in zip((streams.cases, streams.daily), settings, strict=True):
             for name, up, down in zip(table.charted, table.chart.up, table.chart.down, strict=True):
@@ -189,10 +190,22 @@ class Judge:
                  for part, value in sorted(parts.items())}  # fmt: skip
         score = round(sum(one["share"] for one in shown.values()), 4)
         enough = max(len(streams.cases.days) if streams.cases.charted else 0, len(streams.daily.days))
-        streams.combined = {"score": score, "parts": shown, "enough": enough >= self.surveillance.least}
+        nearest = max(parts, key=lambda part: parts[part], default=Part.PIXELS)
+        near = round(parts.get(nearest, 0.0), 4)
+        streams.combined = {"score": score, "parts": shown, "enough": enough >= self.surveillance.least,
+                            "nearest": {"part": nearest, "value": near}}  # fmt: skip
         day = date.fromordinal(int(streams.cases.days[-1]) if len(streams.cases.days) else streams.closed)
         kept = [one for one in streams.recent if one[0] != day.isoformat()]
-        streams.recent = [*kept, [day.isoformat(), score]][-RECENT_DAYS:]
+        streams.recent = [*kept, [day.isoformat(), score, near]][-RECENT_DAYS:]
+
+
+def _average(cases: Table, rows: NDArray[np.bool_]) -> dict[str, float]:
+    """Means of some rows, of each column over those that have it; embeddings have none."""
+    values = cases.values[rows].astype(float)
+    known = np.isfinite(values)
+    counts, sums = known.sum(axis=0), np.where(known, values, 0.0).sum(axis=0)
+    return {name: float(total / count) for name, total, count in zip(cases.names, sums, counts, strict=True)
+            if count and name not in AXES}  # fmt: skip
 
 
 def _cross(table: Table, before: int, setting: Setting) -> Iterator[Crossing]:

@@ -42,11 +42,13 @@ class Monitor:
 
     def pass_once(self) -> Outcome:
         """One pass over the streams, and what its alarms do: by the policies, each at its own site."""
-        done = self._watch.look()
-        for alarm in done.alarms:
-            LOG.warning("alarm: %s v%d at %s: %s", alarm.task, alarm.version, alarm.site, alarm.detail)
-        contain_new(self._places, self._records, self._ledger)
-        return done
+        try:
+            done = self._watch.look()
+            for alarm in done.alarms:
+                LOG.warning("alarm: %s v%d at %s: %s", alarm.task, alarm.version, alarm.site, alarm.detail)
+            return done
+        finally:  # an alarm that is written waits for nothing
+            contain_new(self._places, self._records, self._ledger)
 
     def report(self, tasks: tuple[str, ...] = (), sites: tuple[str, ...] = ()) -> list[VerdictRow]:
         """Evidently's comparison of every site that has new rows, once.
@@ -65,8 +67,16 @@ class Monitor:
             for site in sorted(set(champions) & set(sites or champions)):
                 told, last = self.journal.newest(task, site, 1), newest.get((task, site))
                 if told and (last is None or last.last_seq < told[0]["seq"]):
-                    written.append(self._judge((task, section), site, told[0]))
+                    written += self._try((task, section), site, told[0])
         return written
+
+    def _try(self, task: tuple[str, TaskSection], site: str, told: dict[str, Any]) -> list[VerdictRow]:
+        """One site's comparison; what fails there is logged, and tried again later."""
+        try:
+            return [self._judge(task, site, told)]
+        except FormularyError as error:
+            LOG.error("%s at %s was not compared: %s", task[0], site, error)
+            return []
 
     def _judge(self, task: tuple[str, TaskSection], site: str, told: dict[str, Any]) -> VerdictRow:
         """Judge the version that gave the newest answer: the champion, or what stays while it is refused."""

@@ -44,8 +44,8 @@ class Overview:
         verdict: of Evidently's window tests; None before the first.
         alarms: of this version, oldest first, the newest 50.
         estimate: of its accuracy; None before the first.
-        combined: score, parts (value, weight, share of each), enough.
-        recent: (day, combined score) of the newest 30 days with cases.
+        combined: score, parts (value, weight, share), nearest (part and value; 1 is at a limit), enough.
+        recent: (day, combined score, value nearest to a limit) of the newest 30 days with cases.
         window: the last comparison with the reference: p, level, subjects, day.
     """
 

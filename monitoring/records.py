@@ -172,9 +172,11 @@ class Records:
             raise _down(error) from error
 
     def newest_estimates(self) -> dict[tuple[str, str], EstimateRow]:
-        """(task, site) -> the newest estimate."""
+        """(task, site) -> the newest estimate of the version that answered last there."""
         query = text(
-            "SELECT * FROM estimates WHERE seq IN (SELECT MAX(seq) FROM estimates GROUP BY task, site)"
+            "SELECT * FROM estimates WHERE seq IN (SELECT MAX(e.seq) FROM estimates e JOIN (SELECT task, "
+            "site, version, MAX(last_seq) FROM streams GROUP BY task, site) s ON s.task = e.task AND "
+            "s.site = e.site AND s.version = e.version GROUP BY e.task, e.site)"
         )
         with self.engine.connect() as connection:
             rows = [make(EstimateRow, dict(row)) for row in connection.execute(query).mappings()]

@@ -6,6 +6,7 @@ A stream is one number of each subject, in the order of the journal, or one numb
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -93,15 +94,16 @@ class Table:
         return int((np.fmax.reduce(values, initial=-np.inf) > np.fmin.reduce(values, initial=np.inf)).sum())
 
     def watch(self, names: list[str]) -> None:
-        """Chart these columns, which may have no value yet; sums of those that were charted go on."""
+        """Chart these columns and no others; they may have no value yet, and sums that there are go on."""
         self._add([name for name in names if name not in self.names])
-        new = [name for name in names if name not in self.charted]
-        if new:
-            nothing, old = np.zeros(len(new)), self.chart
-            here = np.full((2, len(new)), len(self.days))
-            self.chart = Chart(np.append(old.up, nothing), np.append(old.down, nothing),
-                               np.concatenate([old.begun, here], axis=1), self.dropped)  # fmt: skip
-            self.charted += new
+        if names == self.charted:
+            return
+        old, kept = self.chart, [self.charted.index(name) if name in self.charted else -1 for name in names]
+        known = np.array(kept, int) >= 0
+        up, down = (np.where(known, np.append(sums, 0.0)[kept], 0.0) for sums in (old.up, old.down))
+        here = np.append(old.begun, np.full((2, 1), len(self.days)), axis=1)[:, kept]
+        self.chart = Chart(up, down, here, self.dropped)
+        self.charted = list(names)
 
     def trim(self) -> None:
         """Forget the oldest rows beyond `MOST`."""
@@ -130,8 +132,8 @@ class Streams:
         labels: make, model and kernel -> how many subjects.
         window: the last comparison of a window with the reference: p, level, day.
         combined: the combined score: score, parts.
-        recent: [day, score] of the newest days.
-        estimated: subjects and labels that the last estimate of accuracy rests on.
+        recent: [day, combined score, value nearest to a limit] of the newest days.
+        estimated: subjects and labels that the last estimate of accuracy rests on, and when it was made (s).
         package: digest of the version.
         threshold: that a site profile put in the contract's place; None without one.
         own: embeddings of the first window, where the package has no reference of the site.
@@ -153,21 +155,28 @@ class Streams:
     window: dict[str, Any] = field(default_factory=dict)
     combined: dict[str, Any] = field(default_factory=dict)
     recent: list[list[Any]] = field(default_factory=list)
-    estimated: list[int] = field(default_factory=lambda: [0, 0])
+    estimated: list[int] = field(default_factory=lambda: [0, 0, 0])
     package: str = ""
     threshold: float | None = None
     own: list[list[float]] = field(default_factory=list)
     own_days: list[int] = field(default_factory=list)
 
     def take(self, rows: list[dict[str, Any]]) -> None:
-        """Count rows of the journal, and keep the values of subjects that were not seen before."""
+        """Count rows of the journal, and keep the values of subjects that were not seen before.
+
+        A row that is a little late belongs to the day that is open. Where all are older, a clock was put
+        back, or an old journal is fed: then days go on from there.
+        """
+        told = [date.fromisoformat(row["at"][:10]).toordinal() for row in rows]
+        if told and self.closed and max(told) < self.closed:
+            self.closed = min(told) - 1
         seen, days, values, keys = set(self.keys.tolist()), [], [], []
-        for row in rows:
-            key = int((row["subject"] or row["image"])[:16], 16)
+        for row, day in zip(rows, told, strict=True):
+            key = _name(row["subject"] or row["image"] or row["id"])
             if key not in seen:
                 seen.add(key)
                 keys.append(key)
-                days.append(max(date.fromisoformat(row["at"][:10]).toordinal(), self.closed + 1))
+                days.append(max(day, self.closed + 1))
                 values.append(self._measure(row))
         self.rows += len(rows)
         if rows:
@@ -177,16 +186,16 @@ class Streams:
         self.keys = np.concatenate([self.keys, np.array(keys, np.uint64)])
 
     def _measure(self, row: dict[str, Any]) -> dict[str, float]:
-        columns = orjson.loads(row["columns"])
+        columns = _read_numbers(row["columns"])
         self.threshold = columns.get("threshold")
         told = {name: value for name, value in columns.items() if name not in SILENT}
         if "raw_probability" in told:
             told[SHOWN], told["probability"] = told["probability"], told.pop("raw_probability")
-        told["latency_ms"] = sum(orjson.loads(row["stages_ms"]).values())
+        told["latency_ms"] = sum(_read_numbers(row["stages_ms"]).values())
         if axes := [told[name] for name in AXES if name in told]:
             told["embedding"] = math.sqrt(sum(value * value for value in axes) / len(axes))
-        made = orjson.loads(row["acquisition"])
-        if label := "|".join(made.get(name, "") for name in ("make", "model", "kernel")).strip("|"):
+        made = orjson.loads(row["acquisition"] or "{}")
+        if label := "|".join(str(made.get(name) or "") for name in ("make", "model", "kernel")).strip("|"):
             told["scanner"] = self._surprise(label)
         return told
 
@@ -209,6 +218,20 @@ class Streams:
         names = sorted(name for name in self.cases.names if name not in (*AXES, *DAILY, *KEPT))
         self.cases.watch(names if unit is Unit.SUBJECT else [])
         self.daily.watch([*(names if unit is Unit.DAY else []), *DAILY])
+
+
+def _name(who: str) -> int:
+    """64 bits of whom a row is of: a pseudonym or a digest is hexadecimal, an older name may be anything."""
+    try:
+        return int(who[:16], 16)
+    except ValueError:
+        return int(hashlib.sha256(who.encode()).hexdigest()[:16], 16)
+
+
+def _read_numbers(told: str) -> dict[str, float]:
+    """The finite numbers of a JSON object; whatever else stands in it is no measurement."""
+    return {name: float(value) for name, value in orjson.loads(told or "{}").items()
+            if isinstance(value, int | float) and math.isfinite(value)}  # fmt: skip
 
 
 def pack(streams: Streams) -> dict[str, Any]:

@@ -7,6 +7,8 @@ the write lock is taken, so that answers do not wait for it.
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
@@ -15,8 +17,8 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
 from imaging.config import Places, read_params
-from imaging.errors import Conflict
-from monitoring.daily import read_days
+from imaging.errors import ConfigError, Conflict
+from monitoring.daily import Days, read_days
 from monitoring.estimating import Estimator
 from monitoring.judging import Judge
 from monitoring.records import Alarm, EstimateRow, insert
@@ -27,11 +29,13 @@ from registry.package import shelf
 from registry.policy import read_policy
 from registry.surveillance import Surveillance
 
+LOG = logging.getLogger(__name__)
 BATCH = 50  # places in one transaction
 CURSOR, LABELS, LOOKED = "watching", "assessments", "looked"
 NEW = text(
     "SELECT DISTINCT task, site, version FROM predictions WHERE seq > :after AND seq <= :end UNION "
-    "SELECT task, site, version FROM streams WHERE json_extract(state, '$.closed') < :day - 1 UNION "
+    "SELECT task, site, version FROM streams WHERE json_extract(state, '$.closed') BETWEEN 1 AND :day - 2 "
+    "UNION "
     "SELECT task, site, version FROM assessments WHERE seq > :labelled"
 )
 COUNT = text("SELECT task, site, version, COUNT(*) FROM assessments GROUP BY task, site, version")
@@ -44,7 +48,7 @@ LOAD = text("SELECT * FROM streams WHERE task = :task AND site = :site AND versi
 KEEP = text(
     "INSERT INTO streams VALUES (:task, :site, :version, :rows, :last_seq, :state, :history) ON CONFLICT "
     "(task, site, version) DO UPDATE SET rows = :rows, last_seq = :last_seq, state = :state, "
-    "history = :history WHERE last_seq = :before"
+    "history = :history WHERE state = :had"
 )
 MOVE = text("INSERT INTO cursors VALUES (:name, :seq) ON CONFLICT (name) DO UPDATE SET seq = :seq")
 Place = tuple[str, str, int]
@@ -74,23 +78,28 @@ class Watch:
         self._axes: dict[tuple[str, str], NDArray[Any] | None] = {}
         self._estimator = Estimator(places, engine)
         self._labels: dict[Place, int] = {}
+        self._again: set[Place] = set()
 
     def look(self, today: date | None = None) -> Outcome:
         """One pass, to the newest row there is when it begins.
 
+        What fails at one place is logged, and tried again by the next pass; the others go on.
+
         Args:
-            today: days before it are over; today's date in UTC unless told.
+            today: days before it are over. Unless told, today in UTC, but never after the newest day that the
+                journal knows: a day is over when something of a later one is seen.
 
         Returns:
             What was found; it is written.
         """
-        day, done = (today or datetime.now(UTC).date()).toordinal(), Outcome()
+        done = Outcome()
         with self._engine.connect() as connection:
-            (end, labelled), touched = _find(connection, day)
+            day = today.toordinal() if today else _find_today(connection)
+            (end, labelled), found = _find(connection, day)
             self._labels = {(row[0], row[1], row[2]): row[3] for row in connection.execute(COUNT)}
+        touched, self._again = sorted({*found, *self._again}), set()
         if touched:  # policies may have changed; to read them takes longer than to find that nothing is new
-            tasks = read_params(self._places).tasks
-            self._policies = {task: read_policy(task, self._places.policies).surveillance for task in tasks}
+            self._read_policies()
         while touched:
             batch, touched = touched[:BATCH], touched[BATCH:]
             touched += self._take(batch, (end, day), done)
@@ -100,35 +109,68 @@ class Watch:
                 connection.execute(MOVE, {"name": name, "seq": seq})
         return done
 
+    def _read_policies(self) -> None:
+        """The policies as they are now; of one that cannot be read, what it was."""
+        for task in read_params(self._places).tasks:
+            try:
+                self._policies[task] = read_policy(task, self._places.policies).surveillance
+            except ConfigError as error:
+                LOG.error("%s The last one that could be read holds.", error.fact)
+
     def _take(self, touched: list[Place], to: tuple[int, int], done: Outcome) -> list[Place]:
         """Read and judge some places, then write everything at once.
 
         Returns:
             Those that have more rows than are read at a time.
         """
+        kept, alarms, estimates, more = [], list[Alarm](), list[EstimateRow](), []
         with self._engine.connect() as connection:
-            told = [_load(connection, place, to[0]) for place in touched]
-            closed = {(one.task, one.site): one.closed for one, _ in told}
+            told = [(place, _load(connection, place, to[0])) for place in touched]
+            closed = {place[:2]: closed_day(row) for place, (row, _) in told}
             days = read_days(connection, closed, self._places.var)
-        kept, alarms, estimates = [], list[Alarm](), list[EstimateRow]()
-        for streams, rows in told:
-            before, had = streams.last_seq, len(streams.cases.days)
-            streams.take(rows)
-            if asked := self._policies.get(streams.task):
-                more = len(rows) == MOST  # then the last day that was read is not over
-                today = int(streams.cases.days[-1]) if more else to[1]
-                judge = Judge(asked, today, days, self._find_axes(streams))
-                alarms += judge.judge(streams, had)
-                place = (streams.task, streams.site, streams.version)
-                estimates += self._estimator.estimate(streams, self._labels.get(place, 0))
-            streams.trim()
-            kept.append({**pack(streams), "before": before})
+        for place, (had, rows) in told:
+            try:
+                streams, found = self._judge(place, (had, rows), days, to[1])
+                estimated = self._estimate(streams)
+            except Exception:  # whatever is wrong with one place must not silence the others
+                LOG.exception("%s v%d at %s could not be judged", place[0], place[2], place[1])
+                self._again.add(place)
+                continue
+            kept.append({**pack(streams), "had": had["state"] if had else ""})
+            alarms += found
+            estimates += estimated
+            done.rows += len(rows)
+            more += [place] if len(rows) == MOST else []
         self._write(kept, alarms, estimates)
-        done.rows += sum(len(rows) for _, rows in told)
-        done.places += len(told)
+        done.places += len(kept)
         done.alarms += alarms
         done.estimates += estimates
-        return [place for place, (_, rows) in zip(touched, told, strict=True) if len(rows) == MOST]
+        return more
+
+    def _judge(
+        self, place: Place, told: tuple[dict[str, Any] | None, list[dict[str, Any]]], days: Days, today: int
+    ) -> tuple[Streams, list[Alarm]]:
+        had, rows = told
+        streams = unpack(had) if had else Streams(*place)
+        before, alarms = len(streams.cases.days), list[Alarm]()
+        streams.take(rows)
+        if asked := self._policies.get(streams.task):
+            if len(rows) == MOST:  # there are more: the last day that was read is not over
+                today = int(streams.cases.days[-1])
+            alarms = Judge(asked, today, days, self._find_axes(streams)).judge(streams, before)
+        streams.trim()
+        return streams, alarms
+
+    def _estimate(self, streams: Streams) -> list[EstimateRow]:
+        """An estimate where one is due; labels that came too soon after the last one are not forgotten."""
+        place = (streams.task, streams.site, streams.version)
+        labels = self._labels.get(place, 0)
+        if streams.task not in self._policies:
+            return []
+        made = self._estimator.estimate(streams, labels)
+        if not made and streams.package and self._estimator.owes(streams, labels, soon=True):
+            self._again.add(place)
+        return made
 
     def _write(self, kept: list[dict[str, Any]], alarms: list[Alarm], estimates: list[EstimateRow]) -> None:
         with writing(self._engine).begin() as connection:
@@ -158,10 +200,26 @@ def _find(connection: Connection, day: int) -> tuple[tuple[int, int], list[Place
     return (end, labelled), sorted((row[0], row[1], row[2]) for row in found)
 
 
-def _load(connection: Connection, place: Place, end: int) -> tuple[Streams, list[dict[str, Any]]]:
-    """The streams of a place as they stand, and its rows that are not counted yet."""
+def _find_today(connection: Connection) -> int:
+    """Ordinal of today by the clock, or of the newest day of which there is anything."""
+    tables = ("predictions", "refusals", "assessments")
+    newest = [connection.execute(text(f"SELECT at FROM {table} ORDER BY seq DESC LIMIT 1")).scalar()
+              for table in tables]  # fmt: skip
+    seen = [date.fromisoformat(at[:10]).toordinal() for at in newest if at]
+    return min([datetime.now(UTC).date().toordinal(), *([max(seen)] if seen else [])])
+
+
+def closed_day(row: dict[str, Any] | None) -> int:
+    """Ordinal of the last day that is over at a place, as its row has it; 0 where none is."""
+    return int(json.loads(row["state"])["closed"]) if row else 0
+
+
+def _load(
+    connection: Connection, place: Place, end: int
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The row of a place's streams as it stands, and the rows of the journal that are not counted yet."""
     named: dict[str, Any] = dict(zip(("task", "site", "version"), place, strict=True))
     found = connection.execute(LOAD, named).mappings().first()
-    streams = unpack(dict(found)) if found else Streams(**named)
-    asked = {**named, "after": streams.last_seq, "end": end, "most": MOST}
-    return streams, [dict(row) for row in connection.execute(ROWS, asked).mappings()]
+    asked = {**named, "after": found["last_seq"] if found else 0, "end": end, "most": MOST}
+    rows = [dict(row) for row in connection.execute(ROWS, asked).mappings()]
+    return dict(found) if found else None, rows

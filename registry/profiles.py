@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
 from imaging.config import explain
-from imaging.errors import Conflict, DataError, Forbidden, RegistryError, TrustError
+from imaging.errors import Conflict, DataError, Forbidden, RegistryError, TrustError, Unreadable
 from imaging.recipe import Section
 from imaging.vocabulary import Decision
 from registry.events import Event, canonical
@@ -152,16 +152,16 @@ def read_draft(path: Path) -> Draft:
     """Read a draft.
 
     Raises:
-        DataError: it is missing, or not a draft.
+        Unreadable: it is missing, or not a draft.
     """
     fix = "Make one: formulary monitoring accept TASK VERSION --site SITE"
     try:
         told = json.loads(path.read_bytes())
         return Draft(**{**told, "profile": SiteProfile.model_validate(told["profile"])})
     except ValidationError as error:
-        raise DataError(f"{path.name}: {explain(error, SiteProfile)}.", fix) from error
+        raise Unreadable(f"{path.name}: {explain(error, SiteProfile)}.", fix) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no draft of a profile.", fix) from error
+        raise Unreadable(f"{path.name} is no draft of a profile in var/profiles.", fix) from error
 
 
 def store_profile(acting: Acting, task: str, draft: Draft) -> Event:

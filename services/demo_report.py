@@ -104,7 +104,9 @@ def _notes(told: dict[str, Any], site: str) -> list[str]:
     gate = told["gate"][site]
     refused = [] if gate["passed"] else ["refused, " + "; ".join(gate["reasons"])]
     drift = [f"drift, {told['drift_detail'][site]}"] if told["drift"][site] else []
-    return refused + drift + [f"alarm: {alarm}" for alarm in told["alarms"][site]]
+    alarms = told["alarms"][site]
+    more = f"; {len(alarms) - 1} more" if alarms[1:] else ""
+    return refused + drift + [f"alarm: {alarm}{more}" for alarm in alarms[:1]]
 
 
 def _short(value: Any) -> str:

@@ -85,11 +85,12 @@ def watchers(checkout, watched, receiver):
 
 def test_a_refusal_of_a_known_task_and_site_is_a_row_within_seconds(watched, checkout):
     records = open_records(checkout.var)
+    before = max((row.seq for row in records.read(Refusal)), default=0)
     assert watched.post(body=b"nothing").status_code == 400
     assert watched.post(site="atlantis").status_code == 403
     assert watched.post("no-such-task").status_code == 404
-    watched.wait(lambda: records.read(Refusal), 10)
-    assert [(row.task, row.site, row.reason, row.count) for row in records.read(Refusal)] == [
+    watched.wait(lambda: records.read(Refusal, after=before), 20)
+    assert [(row.task, row.site, row.reason, row.count) for row in records.read(Refusal, after=before)] == [
         ("nodes", "north", "unreadable", 1)
     ]
 

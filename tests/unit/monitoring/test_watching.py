@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import uuid
-from dataclasses import replace
 from datetime import date, timedelta
 
 import numpy as np
@@ -15,10 +14,11 @@ import pytest
 from sqlalchemy import text
 
 from imaging.config import Places, read_places
+from imaging.errors import Conflict
 from monitoring.journal import Prediction, open_journal
 from monitoring.overview import read_overviews, read_streams
 from monitoring.parquet import export_journal
-from monitoring.records import Alarm, Refusal, open_records
+from monitoring.records import Alarm, Assessment, Refusal, open_records
 from monitoring.streams import MOST
 from monitoring.watching import Watch
 from registry.database import writing
@@ -265,18 +265,145 @@ def test_the_journal_is_exported_as_it_stands(hospital, tmp_path):
     assert export_journal(hospital.var, tmp_path / "k.parquet", site="east") == 1
 
 
-def test_a_second_monitor_is_told(hospital):
-    from imaging.errors import Conflict
+def test_a_second_monitor_is_told_and_writes_nothing(hospital):
+    """Both read a place whose day is over; the first writes, the second must not raise the same alarms."""
+    hospital.send((0, 40))
+    hospital.send((40, 46), change=lambda values: {"noise": values["noise"] + 0.5})
+    hospital.look(41)
+    second = Watch(hospital.places, hospital.records.engine)
+    write = second._write
 
-    hospital.send((0, 1))
-    streams, _ = _open(hospital)
-    hospital.look(1)
+    def first_the_other(*told):
+        hospital.look(46)
+        write(*told)
+
+    second._write = first_the_other
     with pytest.raises(Conflict, match="Another monitor"):
-        hospital.watch._write([streams], [], [])
+        second.look(START + timedelta(days=46))
+    told = [(one.statistic, one.since) for one in hospital.records.read(Alarm)]
+    assert told
+    assert len(told) == len(set(told))
 
 
-def _open(hospital):
-    from monitoring.streams import Streams, pack
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"package": "sha256:gone", "columns": "[1]"},
+        {"subject": None, "image": "", "at": "yesterday"},
+        {"columns": "{"},
+    ],
+)
+def test_what_fails_at_one_site_stops_no_other_and_is_tried_again(hospital, caplog, broken):
+    hospital.send((0, 40))
+    hospital.look(40)
+    hospital.send((40, 41), site="bad", **broken)
+    hospital.send((40, 60), change=lambda values: {"noise": values["noise"] + 0.3})
+    alarms = hospital.look(60).alarms
+    assert {(one.site, one.statistic) for one in alarms} == {("north", "noise")}
+    assert "lung-nodule v1 at bad could not be judged" in caplog.text
+    caplog.clear()
+    hospital.look(60)
+    assert "lung-nodule v1 at bad could not be judged" in caplog.text
 
-    streams = Streams("lung-nodule", "north", 1)
-    return {**pack(streams), "before": 7}, replace(streams)
+
+def test_a_row_with_odd_values_is_counted_and_judged_by_the_rest(hospital):
+    hospital.send((0, 30), subject=None, image="not hexadecimal")
+    hospital.send(
+        (0, 30), per_day=3, change=lambda _: {"e1": None, "noise": "loud"}, acquisition='{"make": 3}'
+    )
+    hospital.look(30)
+    told = read_overviews(hospital.var)[("lung-nodule", "north")]
+    assert (told.rows, told.subjects) == (390, 91)
+
+
+def test_a_policy_that_cannot_be_read_leaves_the_last_one(hospital, caplog):
+    hospital.send((0, 40))
+    hospital.look(40)
+    (hospital.places.policies / "lung-nodule.yaml").write_text("task: [")
+    hospital.send((40, 60), change=lambda values: {"noise": values["noise"] + 0.3})
+    assert "noise" in {one.statistic for one in hospital.look(60).alarms}
+    assert "The last one that could be read holds" in caplog.text
+
+
+def test_months_that_are_fed_in_steps_are_days_as_they_were(hospital):
+    """Passes by the real clock over rows of last winter: no day is over before a later one is seen."""
+    for start in range(0, 60, 10):
+        hospital.send((start, start + 10), change=(lambda values: {"noise": values["noise"] + 0.3}) if start >= 40
+                      else None)  # fmt: skip
+        hospital.watch.look()
+    (noise,) = (
+        one for one in read_streams(hospital.places, "lung-nodule", "north", 1) if one.name == "noise"
+    )
+    assert len(noise.values) == 59  # the last is not over
+    (first, *_) = hospital.records.read(Alarm)
+    assert (first.statistic, first.since) == ("noise", (START + timedelta(days=40)).isoformat())
+
+
+def test_a_clock_that_was_ahead_blinds_nobody(hospital):
+    """One pass with a clock ten years ahead; rows go on as before, and so do days and charts."""
+    hospital.send((0, 40))
+    hospital.look(3650)
+    for start in range(40, 60, 5):
+        hospital.send((start, start + 5), change=lambda values: {"noise": values["noise"] + 0.5})
+        hospital.look(start + 5)
+    assert "noise" in {one.statistic for one in hospital.records.read(Alarm)}
+
+
+def test_another_unit_in_the_policy_leaves_no_chart_of_the_old_one(hospital):
+    hospital.send((0, 20))
+    path = hospital.places.policies / "lung-nodule.yaml"
+    path.write_text(path.read_text().replace("unit: day", "unit: subject"))
+    hospital.look(20)
+    assert {one.unit for one in read_streams(hospital.places, "lung-nodule", "north", 1)} == {
+        "subject",
+        "day",
+    }
+    path.write_text(path.read_text().replace("unit: subject", "unit: day"))
+    hospital.send((20, 40))
+    assert hospital.look(40).alarms == []
+    told = read_streams(hospital.places, "lung-nodule", "north", 1)
+    assert {one.unit for one in told} == {"day"}
+    assert len(told) == len({one.name for one in told})
+
+
+def test_windows_that_go_on_being_others_are_one_event_and_rows_without_embedding_hide_none(hospital):
+    hospital.send((0, 6))
+    hospital.look(6)
+    shift = {f"e{axis}": 3 for axis in range(3)}
+    for start in range(6, 36, 6):
+        hospital.send(
+            (start, start + 6), change=lambda values: {name: values[name] + by for name, by in shift.items()}
+        )
+        hospital.send((start, start + 1), per_day=1, columns='{"noise": 1.0}')
+    alarms = hospital.look(36).alarms
+    assert [one.kind for one in alarms if one.kind == "window"] == ["window"]
+
+
+def test_a_task_that_nobody_knows_is_counted_and_left_alone(hospital):
+    hospital.send((0, 3), task="unknown")
+    assert hospital.look(3).rows == 30
+    assert hospital.look(3).places == 0
+
+
+def test_labels_that_come_one_by_one_are_estimated_once_a_minute_and_none_is_forgotten(hospital, monkeypatch):
+    """Of the version that answers: a label of the one before does not hide its estimate."""
+    from monitoring.estimating import Estimator
+
+    calls = []
+    monkeypatch.setattr(Estimator, "_open", lambda self, digest: (None, {}))
+    monkeypatch.setattr(
+        "monitoring.estimating.estimate_place", lambda *told: calls.append(1) or {"n": len(calls)}
+    )
+    hospital.send((0, 3), package="sha256:1")
+    hospital.look(3)
+    assert len(calls) == 1
+    with hospital.records.engine.connect() as connection:
+        ids = connection.execute(text("SELECT id FROM predictions")).scalars().all()
+    for number in ids[:5]:
+        hospital.records.append([Assessment(task="lung-nodule", site="north", prediction=number, version=1,
+                                            source="csv", verdict="labelled", truth=1)])  # fmt: skip
+        hospital.look(3)
+    assert len(calls) == 1
+    monkeypatch.setattr("monitoring.estimating.AGAIN_S", 0)
+    assert len(hospital.look(3).estimates) == 1
+    assert hospital.look(3).estimates == []

@@ -7,7 +7,7 @@ import click
 import numpy as np
 import pytest
 
-from imaging.errors import Conflict, DataError, Forbidden, RegistryError, TrustError
+from imaging.errors import Conflict, DataError, Forbidden, RegistryError, TrustError, Unreadable
 from registry.access import admit
 from registry.actions import ACTIONS, perform
 from registry.custody import back_up, restore
@@ -157,13 +157,13 @@ def test_a_draft_is_stored_by_its_name_as_command_and_call_do(places, promoted, 
 def test_a_file_that_is_no_draft_says_how_to_make_one(tmp_path, draft, promoted):
     promoted("one")
     path = tmp_path / "draft.json"
-    with pytest.raises(DataError, match="formulary monitoring accept"):
+    with pytest.raises(Unreadable, match="formulary monitoring accept"):
         read_draft(path)
     write_draft(draft(), path)
     told = json.loads(path.read_text())
     told["profile"]["slope"] = 0
     path.write_text(json.dumps(told))
-    with pytest.raises(DataError, match="slope"):
+    with pytest.raises(Unreadable, match="slope"):
         read_draft(path)
 
 
