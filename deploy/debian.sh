@@ -29,8 +29,8 @@ for name in "${missing[@]}"; do
   case $name in prometheus*) [ -e "$unit" ] || { mkdir -p "${unit%/*}" && ln -sf /dev/null "$unit"; } ;; esac
 done
 export DEBIAN_FRONTEND=noninteractive UCF_FORCE_CONFFOLD=1
-timeout 300 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
+timeout 600 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
   { timeout 120 apt-get update -qq >/dev/null 2>&1 &&
-    timeout 300 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1; } ||
+    timeout 600 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1; } ||
   echo "NOT INSTALLED: ${missing[*]}, since apt-get failed." >&2
 exit 0
