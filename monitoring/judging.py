@@ -180,7 +180,7 @@ class Judge:
         for table, setting in zip((streams.cases, streams.daily), settings, strict=True):
             for name, up, down in zip(table.charted, table.chart.up, table.chart.down, strict=True):
                 part, row = part_of(name), table.dropped + len(table.days) - 1
-                alarmed = any(table.quiet.get(f"{name} {side}", -1) >= row for side in charts.DIRECTIONS)
+                alarmed = any(table.quiet.get(f"{name} {side}", -2) >= row for side in charts.DIRECTIONS)
                 near = max(float(max(up, down)) / setting.limit, float(alarmed))  # sums start again at 0
                 parts[part] = max(parts.get(part, 0.0), near)
         if told := streams.window:

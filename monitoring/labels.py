@@ -23,6 +23,7 @@ from registry.package import Contract, read_contract, shelf
 from registry.trials.rows import TrialRows, open_rows
 
 REASON, READER = 500, 256  # characters
+MOST, SHOWN = 100, 50  # assessments of an answer that are kept, and told
 SCORES = ("probability", "raw_probability", "threshold", "abstained")
 NEWEST = (
     "SELECT a.prediction, a.truth, a.verdict, a.reader, a.source, p.subject, p.at, p.columns FROM "
@@ -99,8 +100,8 @@ class Door:
 
         Raises:
             UnknownPrediction: the site has no such answer.
-            WrongLabel: the truth contradicts the verdict or cannot be known, or the answer's image or subject
-                stands in a locked test set.
+            WrongLabel: the truth contradicts the verdict or cannot be known, the answer's image or subject
+                stands in a locked test set, the reason is too long, or the answer has 100 assessments.
         """
         rows = [self.examine(site, one) for one in told]
         if dry_run:
@@ -108,6 +109,7 @@ class Door:
                 return _sort_out(connection, rows)
         with writing(self._records.engine).begin() as connection:
             kept, new = _sort_out(connection, rows)
+            _count(connection, kept[len(kept) - new :])
             insert(connection, kept[len(kept) - new :])
             kept = [_find_same(connection, row) or row for row in rows]
         self._tell_trials({row.prediction: bool(row.truth) for row in rows if row.truth is not None})
@@ -119,24 +121,27 @@ class Door:
         contract = read_promise(self._var, answer["package"])
         columns = json.loads(answer["columns"])
         self._hold_apart(answer)
+        reason = " ".join(told.reason.split())
+        if len(reason) > REASON:
+            raise WrongLabel(f"The reason has {len(reason)} characters.", f"Say it in at most {REASON}.")
         reader = pseudonym(self._var, site, f"reader {told.reader}"[:READER]) if told.reader else ""
         return Assessment(
             task=answer["task"], site=site, version=answer["version"], prediction=told.prediction,
             source=told.source, verdict=told.verdict, truth=_find_truth(told, columns, contract),
-            reason=" ".join(told.reason.split())[:REASON], reader=reader,
+            reason=reason, reader=reader,
         )  # fmt: skip
 
     def list_judgements(self, site: str, prediction: str) -> list[Assessment]:
-        """Everything that was said of an answer, oldest first.
+        """What was said of an answer, the newest 50, oldest first.
 
         Raises:
             UnknownPrediction: the site has no such answer.
         """
         self._find(site, prediction)
-        query = text("SELECT * FROM assessments WHERE prediction = :id ORDER BY seq")
+        query = text("SELECT * FROM assessments WHERE prediction = :id ORDER BY seq DESC LIMIT :most")
         with self._records.engine.connect() as connection:
-            found = connection.execute(query, {"id": prediction})
-            return [make(Assessment, dict(row)) for row in found.mappings()]
+            found = connection.execute(query, {"id": prediction, "most": SHOWN}).mappings()
+            return [make(Assessment, dict(row)) for row in found][::-1]
 
     def _find(self, site: str, prediction: str) -> dict[str, Any]:
         answer = self._journal.find(prediction)
@@ -232,6 +237,14 @@ def _sort_out(connection: Connection, rows: list[Assessment]) -> tuple[list[Asse
     before = [(row, _find_same(connection, row)) for row in rows]
     new = [row for row, same in before if same is None]
     return [*(same for _, same in before if same is not None), *new], len(new)
+
+
+def _count(connection: Connection, rows: list[Assessment]) -> None:
+    """Refuse more assessments of an answer than are kept."""
+    query = text("SELECT COUNT(*) FROM assessments WHERE prediction = :prediction")
+    for row in rows:
+        if connection.execute(query, {"prediction": row.prediction}).scalar_one() >= MOST:
+            raise WrongLabel(f"Prediction {row.prediction} has {MOST} assessments.", "It takes no more.")
 
 
 def _find_same(connection: Connection, row: Assessment) -> Assessment | None:

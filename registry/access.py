@@ -169,7 +169,8 @@ def read_token(places: Places, roles: Roles, token: str) -> Token:
     """Read a token (JWT, ES256) of an issuer in roles.yaml.
 
     Raises:
-        NotAuthenticated: no issuer is configured; the token is forged, expired or another audience's.
+        NotAuthenticated: no issuer is configured; the token is forged, expired, another audience's, or names
+            a site that it may not: then it names nobody, rather than somebody who may see every site.
     """
     import jwt
 
@@ -182,14 +183,14 @@ def read_token(places: Places, roles: Roles, token: str) -> Token:
             key = jwt.PyJWKSet.from_json((places.root / issuer.keys).read_text())[name]
             claims = jwt.decode(token, key.key, ["ES256"], audience=issuer.audience, issuer=issuer.issuer,
                                 options=asked)  # fmt: skip
-            told, site = claims.get("scope"), claims.get(issuer.site)
+            told, site = claims.get("scope"), claims.get(issuer.site, "")
             scopes = None if told is None else set(told.split() if isinstance(told, str) else told)
             person = name_identity(str(claims[issuer.identity]))
-            named = isinstance(site, str) and site in (issuer.sites or (site,))
-            return Token(person, scopes, str(site) if named else "", float(claims["exp"]))
+            if issuer.site not in claims or (site and site in (issuer.sites or (str(site),))):
+                return Token(person, scopes, site, float(claims["exp"]))
         except (jwt.PyJWTError, ConfigError, KeyError, OSError, TypeError, ValueError):
             continue  # whatever is wrong with it: this issuer does not vouch for it
-    raise NotAuthenticated("No configured issuer signed this token for us, or it expired.", "Get a new one.")
+    raise NotAuthenticated("No issuer signed this token for us and its site, or it expired.", "Get another.")
 
 
 def _allow(roles: Roles | None, identity: str, scope: Scope | None) -> None:

@@ -12,7 +12,7 @@ class Surveillance(Section):
     """A policy's `surveillance`.
 
     Attributes:
-        budget_days: one false alarm in so many days of a task at a site, for all streams and windows together.
+        budget_days: one false alarm of a task at a site in so many days, for streams and windows together.
         unit: `subject` only where the days of a site do not differ from each other.
         per_day: subjects a day that `unit: subject` reckons with; more of them alarm more often.
         allowance: of the charts, in standard deviations of a value; half the shift that is looked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -45,35 +46,39 @@ class Said(Section):
     reader: str = Field(default="", max_length=READER)
 
 
-def make_assessment_routes(places: Places, journal: Journal, site_of: SiteOf) -> list[Route]:
+def make_assessment_routes(
+    places: Places, journal: Journal, site_of: SiteOf, spend: Callable[[str], None]
+) -> list[Route]:
     """The routes of assessments.
 
     Args:
         places: where packages, keys and the ledger lie.
         journal: of the answers.
         site_of: headers and the client's address -> site.
+        spend: takes an assessment off its site's quota.
     """
-    routes = AssessmentRoutes(Door(places, journal, open_records(places.var)), site_of)
+    routes = AssessmentRoutes(Door(places, journal, open_records(places.var)), site_of, spend)
     return [Route(PATH, routes.assess, methods=["POST"]), Route(PATH, routes.show, methods=["GET"])]
 
 
 class AssessmentRoutes:
     """What `make_assessment_routes` mounts."""
 
-    def __init__(self, door: Door, site_of: SiteOf) -> None:
-        self._door, self._site_of = door, site_of
+    def __init__(self, door: Door, site_of: SiteOf, spend: Callable[[str], None]) -> None:
+        self._door, self._site_of, self._spend = door, site_of, spend
 
     async def assess(self, request: Request) -> Response:
         """Keep what somebody says: 201, or 200 where it was said before."""
         site, number = self._site(request), request.path_params["number"]
         headers = guard.read_headers(request.scope)
+        self._spend(site)
         said = _read(await guard.read_body(request.receive, headers, limit=MOST_BYTES))
         told = Judgement(number, said.verdict, said.truth, said.reason, said.reader)
         kept, new = await asyncio.to_thread(self._door.keep, site, [told])
         return _answer(request, _show(kept[0]), 201 if new else 200)
 
     async def show(self, request: Request) -> Response:
-        """Everything that was said of an answer, oldest first."""
+        """What was said of an answer, the newest 50, oldest first."""
         site, number = self._site(request), request.path_params["number"]
         rows = await asyncio.to_thread(self._door.list_judgements, site, number)
         return _answer(request, {"prediction": number, "assessments": [_show(row) for row in rows]})
@@ -101,7 +106,8 @@ def describe_assessments(site: dict[str, Any]) -> dict[str, Any]:
     wrong = {
         "400": "no X-Site header, or a body that is no such object", "408": "the body did not arrive in time",
         "413": f"over {MOST_BYTES // 2**10} KiB",
-        "422": "a truth that contradicts the verdict, or an image of a locked test set",
+        "422": "a truth that contradicts the verdict, an image of a locked test set, or one over 100 "
+               "assessments of the answer", "429": "the site asks more often than its quota",
     }  # fmt: skip
     parameters = [number, site]
     return {PATH: {
@@ -112,7 +118,7 @@ def describe_assessments(site: dict[str, Any]) -> dict[str, Any]:
         },
         "get": {
             "summary": "What was said of an answer", "parameters": parameters,
-            "responses": {"200": _body("everything, oldest first", listed), **seen},
+            "responses": {"200": _body("the newest 50, oldest first", listed), **seen},
         },
     }}  # fmt: skip
 

@@ -157,8 +157,14 @@ async def read_body(
     except TimeoutError as error:
         raise TooSlow(f"The body did not arrive within {BODY_S:.0f} s.", "Send it faster.") from error
     if len(body) > limit:
-        raise TooLarge(f"The body is over {limit // 2**20} MiB.", "Send one slice a request.")
+        raise _refuse_size(limit)
     return body
+
+
+def _refuse_size(limit: int) -> TooLarge:
+    if limit < 2**20:
+        return TooLarge(f"The body is over {limit // 2**10} KiB.", "Send less.")
+    return TooLarge(f"The body is over {limit // 2**20} MiB.", "Send one slice a request.")
 
 
 async def _gather(
@@ -180,7 +186,7 @@ async def _gather(
     else:
         raise Unreadable("The body broke off.", "Send the whole file.")
     if too_large:
-        raise TooLarge(f"The body is over {limit // 2**20} MiB.", "Send one slice a request.")
+        raise _refuse_size(limit)
     return b"".join(parts)
 
 

@@ -99,9 +99,9 @@ class Routes:
             Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/docs", self.docs, methods=["GET"]),
             *make_routes(self._places),
-            *Console(self._places, self._journal, self.credentials, self._slots).routes(),
+            *Console(self._places, self._journal, self.credentials, self._slots, self._spend).routes(),
             *make_job_routes(self._places, self._jobs, self._slots.find, self.credentials.site_of),
-            *make_assessment_routes(self._places, self._journal, self.credentials.site_of),
+            *make_assessment_routes(self._places, self._journal, self.credentials.site_of, self._spend),
         ]
         handlers: Any = {
             FormularyError: answer_error,
@@ -114,6 +114,9 @@ class Routes:
         )
         application.predictor, application.credentials = self.predictor, self.credentials
         return application
+
+    def _spend(self, site: str) -> None:
+        self.predictor.quotas.spend(site)
 
     async def models(self, request: Request) -> Response:
         """What serves where."""

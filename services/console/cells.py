@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
@@ -17,6 +17,7 @@ from services.console.charts import sparkline
 
 RANKS = ("not approved", "approved", "drift", "accuracy not valid", "suspended", "alarm")
 WRONG = RANKS.index("drift")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,14 @@ class Cell:
 
     @property
     def spark(self) -> Markup:
-        """The combined score of the last 30 days against its limit."""
-        return sparkline(self.seen.recent) if self.seen else Markup("")
+        """What was nearest to a limit on each of the last 30 days; not of days from before that was kept."""
+        return sparkline([(one[0], one[2]) for one in self.seen.recent if len(one) > 2] if self.seen else [])
+
+    @property
+    def nearest(self) -> dict[str, Any]:
+        """The part that is nearest to a limit now, and its value, 1 at the limit; empty where unknown."""
+        told: dict[str, Any] = self.seen.combined.get("nearest", {}) if self.seen else {}
+        return told
 
     @property
     def told(self) -> dict[str, Any]:
@@ -123,8 +130,22 @@ def began(since: str) -> tuple[str, int]:
     return day.group() if day else "", int(case.group(1)) if case else 0
 
 
+def find_first(alarms: Sequence[T], read: Callable[[T], tuple[str, str]]) -> T | None:
+    """The alarm whose change began first; None of none.
+
+    A window's test says only where its window begins, so it is named where no chart alarmed.
+
+    Args:
+        alarms: of a place.
+        read: an alarm's kind and since.
+    """
+    charted = [one for one in alarms if read(one)[0] != "window"]
+    return min(charted or alarms, key=lambda one: began(read(one)[1]), default=None)
+
+
 def _tell_alarms(alarms: list[Event]) -> str:
     """Open alarms in a sentence: what changed first is most often the cause of the others."""
-    first = min((event.body for event in alarms), key=lambda body: began(str(body.get("since", ""))))
+    told = [event.body for event in alarms]
+    first = find_first(told, lambda body: (str(body.get("kind", "")), str(body.get("since", "")))) or {}
     count = f"{len(alarms)} open alarms" if len(alarms) > 1 else "An open alarm"
     return f"{count}; first changed: {first.get('detail') or first.get('fact')}."

@@ -54,24 +54,21 @@ def tell(value: float) -> str:
 
 
 def sparkline(points: Sequence[Sequence[Any]], limit: float = 1.0) -> Markup:
-    """A site's combined score by day, against its limit; the last day is marked.
+    """What was nearest to a limit on each day, against it; the last day is marked.
 
     Args:
-        points: (day, score), oldest first.
+        points: (day, value), oldest first.
         limit: where the charts alarm.
     """
-    if not points:
+    if len(points) < 2:  # the number stands beside it
         return Markup("")
-    if len(points) == 1:
-        return Markup(f'<span class="soft">score {tell(points[0][1])}, limit {tell(limit)}</span>')
     values = [float(value) for _, value in points]
     y = Scale(0, max(*values, limit, 1e-9) * 1.08, 23, 1)
     x = Scale(0, max(len(points) - 1, 1), 2, 94)
     line = " ".join(f"{x(n)},{y(value)}" for n, value in enumerate(values))
     over = "over" if values[-1] >= limit else ""
-    told = (
-        f"combined score, {len(points)} days to {points[-1][0]}: now {tell(values[-1])}, limit {tell(limit)}"
-    )
+    days = f"{len(points)} days to {points[-1][0]}"
+    told = f"nearest to a limit, {days}: now {tell(values[-1])}, limit {tell(limit)}"
     return _svg(96, 24, told, _line("limit", (0, y(limit)), (96, y(limit)))
                 + f'<polyline class="line" points="{line}"/><circle class="dot {over}" r="2" '
                 f'cx="{x(len(values) - 1)}" cy="{y(values[-1])}"/>', "spark")  # fmt: skip

@@ -5,16 +5,25 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from imaging.errors import Forbidden, FormularyError, NotAuthenticated, WrongType
+from imaging.errors import (
+    Forbidden,
+    FormularyError,
+    NotAuthenticated,
+    Overloaded,
+    UnknownVersion,
+    Unreadable,
+    WrongType,
+)
 from monitoring.logins import name_network
 from services.console.sessions import Session, Sessions
 from services.credentials import address_of
@@ -23,7 +32,9 @@ from services.problems import tell
 
 HOME = "/console"
 COOKIE = "formulary-console"
-FORM_BYTES = 64 * 2**10
+FORM_BYTES, FIELDS = 64 * 2**10, 100
+WAITING = 48  # pages that wait to be drawn
+IMAGES = 4  # threads of what a case's page fetches; two of them draw
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -77,12 +88,24 @@ class Visit:
         """A part of the path."""
         return str(self.request.path_params[name])
 
+    @property
+    def version(self) -> int:
+        """The version that the path names, else the form.
+
+        Raises:
+            UnknownVersion: it is no number of one.
+        """
+        told = self.request.path_params.get("version") or self.form.get("version", "")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", told):
+            raise UnknownVersion(f"There is no version {told[:20]!r}.", "Open one from its site's page.")
+        return int(told)
+
 
 Page = Callable[[Visit], Response]
 
 
 class Doors:
-    """Makes routes of pages.
+    """Makes routes of pages. One page is drawn at a time, and waits for that in no thread that others need.
 
     Args:
         sessions: who may come in.
@@ -90,21 +113,30 @@ class Doors:
     """
 
     def __init__(self, sessions: Sessions, show: Callable[[Visit, int], Response]) -> None:
-        self._sessions, self._show = sessions, show
+        self._sessions, self._show, self._waiting = sessions, show, 0
+        self._pages = ThreadPoolExecutor(1, thread_name_prefix="console")
+        self._images = ThreadPoolExecutor(IMAGES, thread_name_prefix="console-images")
 
-    def page(self, get: Page, post: Page | None = None) -> Any:
-        """An endpoint behind the login; `get` shows, `post` changes and is shown by `get` where it fails."""
+    def page(self, get: Page, post: Page | None = None, image: bool = False) -> Any:
+        """An endpoint behind the login; `get` shows, `post` changes and is shown by `get` where it fails.
+
+        Args:
+            get: makes the answer.
+            post: does what a form asks for.
+            image: the answer waits for other threads, an engine's say: pages do not wait for it.
+        """
+        pool = self._images if image else self._pages
 
         async def answer(request: Request) -> Response:
             visit = Visit(request)
             try:
-                await asyncio.to_thread(self._admit, visit)
+                await self._wait(self._pages, self._admit, visit)
                 if request.method == "POST" and post:
                     await read_form(visit)
                     check_form(visit, self._sessions.stamp(visit.whose))
-                return finish(await asyncio.to_thread(self._run, visit, get, post))
+                return finish(await self._wait(pool, self._run, visit, get, post))
             except FormularyError as error:
-                return finish(await asyncio.to_thread(self._refuse, visit, error))
+                return finish(await self._tell(visit, error))
 
         return answer
 
@@ -118,11 +150,31 @@ class Doors:
                     await read_form(visit)
                     check_origin(request)
                 page = post if request.method == "POST" else get
-                return finish(await asyncio.to_thread(page, visit))
+                return finish(await self._wait(self._pages, page, visit))
             except FormularyError as error:
-                return finish(await asyncio.to_thread(self._refuse, visit, error))
+                return finish(await self._tell(visit, error))
 
         return answer
+
+    async def _wait(self, pool: ThreadPoolExecutor, do: Callable[..., Any], *given: Any) -> Any:
+        """Do something in a pool; only so many wait for one.
+
+        Raises:
+            Overloaded: more would.
+        """
+        if self._waiting >= WAITING:
+            raise Overloaded("Too many pages are asked for at once.", "Ask again in a few seconds.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, do, *given)
+        finally:
+            self._waiting -= 1
+
+    async def _tell(self, visit: Visit, error: FormularyError) -> Response:
+        """Show an error; to whoever is one too many without a page."""
+        if isinstance(error, Overloaded) and self._waiting >= WAITING:
+            return tell(error, request_id(visit.request)).respond()
+        return await asyncio.get_running_loop().run_in_executor(self._pages, self._refuse, visit, error)
 
     def _admit(self, visit: Visit) -> None:
         refreshes = "hx-request" in visit.request.headers
@@ -147,8 +199,10 @@ class Doors:
             return Response(status_code=401, headers={"HX-Redirect": f"{HOME}/login"})
         if lost and request.method == "GET" and request.url.path != f"{HOME}/login":
             return RedirectResponse(f"{HOME}/login?next={quote(request.url.path)}", 303)
-        visit.problem = error
-        return self._show(visit, status_of(error, request))
+        visit.problem, reply = error, tell(error, request_id(request))
+        shown = self._show(visit, reply.status)
+        shown.headers.update({name: told for name, told in reply.headers.items() if name == "retry-after"})
+        return shown
 
 
 async def read_form(visit: Visit) -> None:
@@ -156,13 +210,16 @@ async def read_form(visit: Visit) -> None:
 
     Raises:
         WrongType: it is no form.
-        TooLarge: or TooSlow, Unreadable, as `read_body`.
+        Unreadable: over 100 fields; and TooLarge, TooSlow or Unreadable, as `read_body`.
     """
     headers = read_headers(visit.request.scope)
     if headers.get(b"content-type", b"").split(b";")[0].strip() != b"application/x-www-form-urlencoded":
         raise WrongType("This is no form.", "Send it from its page.")
     body = await read_body(visit.request.receive, headers, FORM_BYTES)
-    told = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=100)
+    try:
+        told = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=FIELDS)
+    except ValueError as error:
+        raise Unreadable(f"The form has over {FIELDS} fields.", "Send it from its page.") from error
     visit.form = {name: values[-1].strip() for name, values in told.items()}
 
 
@@ -185,9 +242,9 @@ def check_origin(request: Request) -> None:
     Raises:
         Forbidden: another page sends it, or nothing says who does.
     """
-    told = request.headers.get("sec-fetch-site")
-    origin = urlsplit(request.headers.get("origin", "")).netloc
-    if told != "same-origin" and (told or origin != request.headers.get("host")):
+    told, host = request.headers.get("sec-fetch-site"), request.headers.get("host", "")
+    ours = [f"{scheme}://{host}" for scheme in ("http", "https")]
+    if told != "same-origin" and (told or request.headers.get("origin") not in ours):
         raise Forbidden("Another page sent this form.", "Open the console itself.")
 
 

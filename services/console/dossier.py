@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from imaging.errors import NotReady
 from imaging.vocabulary import Decision, SiteKind, Statement
 from registry.events import NETWORK, Event
 from registry.evidence import Evidence, flatten, verify_package
+from registry.ledger import Ledger
 from registry.package import Contract, read_contract, shelf
 from registry.policy import Policy, read_policy
 from registry.state import State, fold
@@ -147,35 +152,68 @@ def tell_lineage(evidence: Evidence, contract: Contract) -> dict[str, str]:
     }  # fmt: skip
 
 
-def find_card(places: Places, books: Books, task: str, version: int) -> Path:
-    """The model card as a page; drawn once for each state of the task, by a process of its own.
+class Cards:
+    """Model cards as pages: drawn once for each state of a task, one at a time, by a process of its own.
 
-    Raises:
-        UnknownVersion: there is none.
-        NotReady: it could not be drawn; the log says why.
+    Args:
+        places: where packages lie and cards are kept.
     """
-    digest, _ = books.ledger.version(task, version)
-    last = max(event.seq for event in books.ledger.signed() if event.task in (task, NETWORK))
-    folder = places.var / "console"
-    path = folder / f"card-{digest.removeprefix('sha256:')[:16]}-{last}.html"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for old in folder.glob(f"card-{digest.removeprefix('sha256:')[:16]}-*.html"):
-        old.unlink(missing_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    told = {"FORMULARY_ROOT": str(places.root), "FORMULARY_BUILD": str(places.build),
-            "FORMULARY_VAR": str(places.var), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # fmt: skip
-    command = ["nice", sys.executable, "-c", DRAW, task, str(version), str(draft)]
-    done = subprocess.run(command, env={**os.environ, **told}, timeout=DRAW_S, check=False)
-    if done.returncode != 0:
-        raise NotReady(
-            f"The card of {task} v{version} could not be drawn.",
-            f"The log of the service says why; try: formulary registry card {task} {version}",
-        )
-    draft.rename(path)
-    return path
+
+    def __init__(self, places: Places) -> None:
+        self._places, self._folder = places, places.var / "console"
+        self._pen = ThreadPoolExecutor(1, thread_name_prefix="card")
+        self._drawing: dict[Path, Future[None]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, ledger: Ledger, task: str, version: int) -> str | None:
+        """The card; None while it is being drawn, which begins where nobody has asked for it yet.
+
+        Raises:
+            UnknownVersion: there is none.
+            NotReady: it could not be drawn; the log says why. Whoever asks again has it tried again.
+        """
+        digest, _ = ledger.version(task, version)
+        last = max(event.seq for event in ledger.signed() if event.task in (task, NETWORK))
+        path = self._folder / f"card-{digest.removeprefix('sha256:')[:16]}-{last}.html"
+        with self._lock:
+            drawing = self._drawing.get(path)
+            if drawing and drawing.done():
+                self._drawing.pop(path).result()
+            with contextlib.suppress(FileNotFoundError):
+                return path.read_text()
+            if path not in self._drawing:
+                self._drawing[path] = self._pen.submit(self._draw, path, task, version)
+        return None
+
+    def _draw(self, path: Path, task: str, version: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        name, last = path.stem.rsplit("-", 1)
+        with (self._folder / f"{name}.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may draw it
+            if path.exists():
+                return
+            draft = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.draft")
+            try:
+                self._run(task, version, draft)
+                draft.rename(path)
+            finally:
+                draft.unlink(missing_ok=True)
+            for old in self._folder.glob(f"{name}-*.html"):
+                if int(old.stem.rsplit("-", 1)[1]) < int(last):
+                    old.unlink(missing_ok=True)
+
+    def _run(self, task: str, version: int, draft: Path) -> None:
+        told = {"FORMULARY_ROOT": str(self._places.root), "FORMULARY_BUILD": str(self._places.build),
+                "FORMULARY_VAR": str(self._places.var), "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # fmt: skip
+        command = ["nice", sys.executable, "-c", DRAW, task, str(version), str(draft)]
+        try:
+            subprocess.run(command, env={**os.environ, **told}, timeout=DRAW_S, check=True)
+        except subprocess.SubprocessError as error:
+            raise NotReady(
+                f"The card of {task} v{version} could not be drawn.",
+                f"The log of the service says why; try: formulary registry card {task} {version}",
+            ) from error
 
 
 def write_card(task: str, version: str, path: str) -> None:
@@ -189,7 +227,7 @@ def write_card(task: str, version: str, path: str) -> None:
     Path(path).write_text(present(open_ledger(places.var), places.var, policy, int(version)))
 
 
-def find_examples(card: Path) -> str:
+def find_examples(card: str) -> str:
     """The card's drawing of examples with heat maps, as SVG; empty where it has none."""
-    found = EXAMPLES.search(card.read_text())
+    found = EXAMPLES.search(card)
     return found.group().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) if found else ""

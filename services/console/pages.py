@@ -1,22 +1,26 @@
-"""The pages of the console and where they lie: each is read in a thread, so that predictions do not wait."""
+"""The pages of the console and where they lie.
+
+One is drawn at a time, in a thread of its own: predictions go on beside it, more slowly for so long, since it
+holds the interpreter's lock; what waits holds no thread that anybody else needs.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
+import hashlib
 import threading
-import time
-from functools import cache, cached_property
+from collections.abc import Callable
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from imaging.config import Places, explain
-from imaging.errors import Forbidden, FormularyError, NotAuthenticated, Unreadable
+from imaging.errors import Forbidden, FormularyError, NotAuthenticated, NotReady, Unreadable, WrongLabel
 from imaging.vocabulary import Entry, Judged
 from monitoring.journal import Journal
 from monitoring.labels import Judgement
@@ -25,21 +29,23 @@ from monitoring.records import open_records
 from registry.access import Acting
 from registry.actions import ACTIONS, perform
 from registry.ledger import open_ledger
+from registry.trials.conduct import TRUTH_SCOPE
 from services.console import doors
 from services.console.cells import WRONG
 from services.console.doors import COOKIE, DRAWN, HOME, Visit
-from services.console.dossier import find_card, find_examples, read_dossier
+from services.console.dossier import Cards, find_examples, read_dossier
 from services.console.sessions import Session, Sessions, Tries
-from services.console.templating import open_templates
+from services.console.templating import open_templates, render
 from services.console.viewer import Viewer
-from services.console.views import Books
+from services.console.views import Books, Neighbours
 from services.credentials import Credentials
 from services.slots import Slots
 
 HERE = Path(__file__).parent
 MOST = 12  # places in the list above the matrix
+LOOK_S = "2"  # until a page looks again for what is being drawn
+Spend = Callable[[str], None]
 AT_SITE = ("suspend", "resume", "rollback", "acknowledge")
-NEIGHBOURS = {"MLflow": "MLFLOW_PORT", "Evidently": "EVIDENTLY_PORT"}
 
 
 class Console:
@@ -50,14 +56,18 @@ class Console:
         journal: predictions and verdicts.
         credentials: of the gateway; its audit has these logins, too.
         slots: what serves, for heat maps and masks of a case.
+        spend: takes an assessment off its site's quota.
     """
 
-    def __init__(self, places: Places, journal: Journal, credentials: Credentials, slots: Slots) -> None:
+    def __init__(
+        self, places: Places, journal: Journal, credentials: Credentials, slots: Slots, spend: Spend
+    ) -> None:
+        self._spend, self._cards = spend, Cards(places)
         self._places, self._journal, self._credentials = places, journal, credentials
         self._ledger, self._tries = open_ledger(places.var), Tries()
         self.sessions = Sessions(places, self._ledger)
         self._doors = doors.Doors(self.sessions, self._show_problem)
-        self._near: tuple[float, dict[str, str]] = (0.0, {})
+        self._near = Neighbours()
         self._viewer = Viewer(places, journal, slots)
 
     @cached_property
@@ -67,7 +77,7 @@ class Console:
     def routes(self) -> list[Route]:
         """Every path of the console; all but the login and the static files need a session."""
         page, both = self._doors.page, ["GET", "POST"]
-        version = f"{HOME}/tasks/{{task}}/versions/{{version:int}}"
+        version = f"{HOME}/tasks/{{task}}/versions/{{version}}"
         return [
             Route(HOME, page(self.formulary), methods=["GET"]),
             Route(f"{HOME}/", lambda _: RedirectResponse(HOME), methods=["GET"]),
@@ -76,11 +86,12 @@ class Console:
             Route(f"{HOME}/static/{{name}}", static, methods=["GET"]),
             Route(version, page(self.version), methods=["GET"]),
             Route(f"{version}/card", page(self.card), methods=["GET"]),
+            Route(f"{version}/examples", page(self.place_examples), methods=["GET"]),
             Route(f"{version}/examples.svg", page(self.examples), methods=["GET"]),
             Route(f"{HOME}/tasks/{{task}}/sites/{{site}}", page(self.site, self.decide), methods=both),
             Route(f"{HOME}/cases/{{number}}", page(self.case, self.assess), methods=both),
             Route(f"{HOME}/queue", page(self.queue, self.answer), methods=both),
-            *self._viewer.routes(f"{HOME}/cases", page, self._hold),
+            *self._viewer.routes(f"{HOME}/cases", partial(page, image=True), self._hold),
         ]
 
     def formulary(self, visit: Visit) -> Response:
@@ -88,23 +99,41 @@ class Console:
         asked = visit.request.query_params
         find, wrong = asked.get("find", "")[:60], asked.get("wrong") == "1"
         board = self._books.board(visit.site, find, wrong)
-        return self._show("formulary", visit, board=board, find=find, wrong=wrong, most=MOST, worth=WRONG)
+        told = {"board": board, "find": find, "wrong": wrong, "most": MOST, "worth": WRONG}
+        parts = {name: Markup(render(name, **told)) for name in ("said", "wrong", "rows")}
+        seen = "-".join(hashlib.sha256(part.encode()).hexdigest()[:12] for part in parts.values())
+        had = asked.get("seen", "")
+        if had == seen:
+            return Response(status_code=204)  # the page has it: nothing is swapped, read out or lost
+        same = had.split("-")[0] == seen.split("-")[0]
+        return self._show("formulary", visit, parts=parts, seen=seen, same=same, **told)
 
     def version(self, visit: Visit) -> Response:
         """What a version is trusted with, and why."""
-        task, number = visit.given("task"), int(visit.given("version"))
+        task, number = visit.given("task"), visit.version
         told = read_dossier(self._books, task, number, visit.site)
-        return self._show("version", visit, task=task, version=number, **told)
+        return self._show("version", visit, task=task, version=number, drawn=False, **told)
 
     def card(self, visit: Visit) -> Response:
-        """The model card as it is."""
-        path = self._draw(visit)
-        return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": DRAWN})
+        """The model card as it is; 202 while it is drawn, by a page that looks again."""
+        if card := self._draw(visit):
+            return HTMLResponse(card, headers={"Content-Security-Policy": DRAWN})
+        shown = self._show("drawing", visit, task=visit.given("task"), version=visit.version)
+        shown.status_code, shown.headers["Retry-After"] = 202, LOOK_S
+        return shown
+
+    def place_examples(self, visit: Visit) -> Response:
+        """What stands on the version's page in the place of its examples: the picture, once it is drawn."""
+        told = {"task": visit.given("task"), "version": visit.version, "drawn": bool(self._draw(visit))}
+        return HTMLResponse(render("examples", **told))
 
     def examples(self, visit: Visit) -> Response:
-        """The card's examples with heat maps."""
-        svg = find_examples(self._draw(visit))
-        return Response(svg, media_type="image/svg+xml", headers={"Content-Security-Policy": DRAWN})
+        """The card's examples with heat maps; 503 while they are drawn."""
+        card = self._draw(visit)
+        if card is None:
+            raise NotReady("The examples are being drawn.", "Ask again in a few seconds.")
+        headers = {"Content-Security-Policy": DRAWN}
+        return Response(find_examples(card), media_type="image/svg+xml", headers=headers)
 
     def site(self, visit: Visit) -> Response:
         """A task at a site: what is watched, what changed, what can be done."""
@@ -139,15 +168,19 @@ class Console:
         name = visit.form.get("action", "")
         if name not in ("approve", "reject"):
             raise Unreadable(f"{name[:40]!r} is no answer.", "approve, or reject.")
-        return self._act(visit, name, task=visit.form.get("task"), version=visit.form.get("version"))
+        return self._act(visit, name, task=visit.form.get("task"), version=visit.version)
 
     def assess(self, visit: Visit) -> Response:
         """Write what a reader says of an answer."""
         row = self._books.find(visit.given("number"))
         self._hold(visit, row["site"])
+        self.sessions.admit(visit.whose, TRUTH_SCOPE)
         verdict, truth = visit.form.get("verdict", ""), visit.form.get("truth", "")
         if verdict not in (Judged.ACCEPTED, Judged.REJECTED, Judged.CORRECTED):
             raise Unreadable(f"{verdict[:40]!r} is no assessment.", "accepted, rejected or corrected.")
+        if verdict == Judged.CORRECTED and truth not in ("0", "1") and self._books.has_truth(row):
+            raise WrongLabel("What is right instead?", "Choose the truth, then correct.")
+        self._spend(row["site"])
         told = Judgement(row["id"], Judged(verdict), int(truth) if truth in ("0", "1") else None,
                          visit.form.get("reason", ""), visit.whose.who, "console")  # fmt: skip
         self._books.door.keep(row["site"], [told])
@@ -168,13 +201,16 @@ class Console:
 
     def enter(self, visit: Visit) -> Response:
         """Begin a session, by a link or a token."""
-        self._tries.check(visit.network)
         code, token = visit.form.get("code", ""), visit.form.get("token", "")
+        guesses = not (code and self.sessions.made_here(code))
+        if guesses:
+            self._tries.check(visit.network)
         try:
             found = self.sessions.begin_by_link(code) if code else self.sessions.begin_by_token(token)
             self.sessions.admit(found)
         except FormularyError:
-            self._tries.note(visit.network)
+            if guesses:
+                self._tries.note(visit.network)
             self._credentials.note(Login("", "", Entry.NOT_BELIEVED, visit.network))
             raise
         self._credentials.note(Login(found.who, found.site, Entry.ADMITTED, visit.network))
@@ -209,9 +245,9 @@ class Console:
         self.sessions.leave(visit.whose, told)
         return RedirectResponse(visit.request.url.path, 303)
 
-    def _draw(self, visit: Visit) -> Path:
+    def _draw(self, visit: Visit) -> str | None:
         self._hold(visit, "")
-        return find_card(self._places, self._books, visit.given("task"), int(visit.given("version")))
+        return self._cards.find(self._books.ledger, visit.given("task"), visit.version)
 
     def _hold(self, visit: Visit, site: str) -> None:
         """Hold a person whose token names a site to that site.
@@ -233,22 +269,12 @@ class Console:
         general = {
             "me": session, "stamp": self.sessions.stamp(session) if session else "",
             "note": self.sessions.take(session) if session and not refreshes else "",
-            "theme": visit.request.cookies.get("formulary-theme", ""), "neighbours": self._find_neighbours(),
+            "theme": visit.request.cookies.get("formulary-theme", ""), "neighbours": self._near.find(),
             "path": visit.request.url.path, "guarded": self._credentials.on,
             "form": visit.form, "problem": visit.problem,
             "watched": self._books.watched() if session else "",
         }  # fmt: skip
-        return HTMLResponse(open_templates().get_template(f"{name}.html").render(general | told))
-
-    def _find_neighbours(self) -> dict[str, str]:
-        """Name -> address of MLflow and Evidently, where they run; looked for every ten seconds."""
-        if self._near[0] < time.monotonic():
-            ports = {name: int(os.environ.get(variable, 0)) for name, variable in NEIGHBOURS.items()}
-            found = {
-                name: f"http://127.0.0.1:{port}" for name, port in ports.items() if port and listens(port)
-            }
-            self._near = (time.monotonic() + 10, found)
-        return self._near[1]
+        return HTMLResponse(render(name, **general | told))
 
 
 @cache
@@ -261,15 +287,6 @@ def warm() -> None:
         open_templates().get_template("site.html")
 
     threading.Thread(target=load, daemon=True).start()
-
-
-def listens(port: int) -> bool:
-    """Whether something on loopback does."""
-    try:
-        socket.create_connection(("127.0.0.1", port), 0.05).close()
-    except OSError:
-        return False
-    return True
 
 
 async def static(request: Request) -> Response:

@@ -80,15 +80,20 @@ class Sessions:
         body = base64.urlsafe_b64encode(json.dumps(told).encode()).decode().rstrip("=")
         return f"{body}.{self._seal('link', body)}"
 
+    def made_here(self, code: str) -> bool:
+        """Whether a code has the right seal: who has one guesses nothing."""
+        body, _, seal = code.partition(".")
+        return hmac.compare_digest(seal.encode(), self._seal("link", body).encode())
+
     def read_link(self, code: str) -> dict[str, Any]:
         """What a code says: who, until, nonce; it is not spent by being read.
 
         Raises:
             NotAuthenticated: it was not made here, is over, or was used.
         """
-        body, _, seal = code.partition(".")
-        if not hmac.compare_digest(seal.encode(), self._seal("link", body).encode()):
+        if not self.made_here(code):
             raise NotAuthenticated("This link was not made here.", NEW)
+        body = code.partition(".")[0]
         told: dict[str, Any] = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
         if told["until"] < time.time():
             raise NotAuthenticated("This link held for five minutes, which are over.", NEW)
@@ -172,23 +177,29 @@ class Sessions:
         """What every form of this session carries, against requests that another page forges."""
         return self._seal("form", session.number)
 
-    def admit(self, session: Session) -> None:
-        """Hold a session to what its person may read now: keys and roles may have changed since it began.
+    def admit(self, session: Session, scope: Scope = Scope.READ_AUDIT) -> None:
+        """Hold a session to what its person may do now: keys and roles may have changed since it began.
+
+        Args:
+            session: whose.
+            scope: what is asked of who may see every site; one whose token names a site has that site.
 
         Raises:
-            NotAuthenticated: the token is not believed any more.
-            Forbidden: the person may not read; one whose token names a site may read that site's pages.
+            NotAuthenticated: the token is not believed any more, or names another site now.
+            Forbidden: the person may not do it.
             TrustError: the person's key is gone.
         """
         if not session.token:
-            self._signer(session, Scope.READ_AUDIT)
+            self._signer(session, scope)
             return
         roles = read_roles(self._places) or Roles()
         token = read_token(self._places, roles, session.token)
-        held = {name.lower(): scopes for name, scopes in roles.identities.items()}.get(token.identity, ())
-        granted = held if token.scopes is None else token.scopes
-        if not token.site and Scope.READ_AUDIT not in granted:
-            raise Forbidden(f"{token.identity} may not {Scope.READ_AUDIT}.", "roles.yaml says who may.")
+        if token.site != session.site:
+            raise NotAuthenticated("The token names another site than it did.", "Log in again.")
+        held = {name.lower(): set[str](scopes) for name, scopes in roles.identities.items()}
+        named = held.get(token.identity, set() if token.scopes is None else token.scopes)
+        if not token.site and scope not in (named if token.scopes is None else named & token.scopes):
+            raise Forbidden(f"{token.identity} may not {scope}.", "roles.yaml and the token say who may.")
 
     def signer(self, session: Session, scope: Scope) -> Signer:
         """The signer of a session's person, for something that asks for a scope.
@@ -261,6 +272,7 @@ class Tries:
 
     def __init__(self) -> None:
         self._failed: deque[tuple[float, str]] = deque(maxlen=MOST_TRIES)
+        self._lock = threading.Lock()
 
     def check(self, network: str) -> None:
         """Let one more try happen.
@@ -269,12 +281,14 @@ class Tries:
             Overloaded: this network, or everybody together, has failed too often.
         """
         start = time.monotonic() - TRIES_S
-        while self._failed and self._failed[0][0] < start:
-            self._failed.popleft()
-        own = sum(network == one for _, one in self._failed)
-        if own >= TRIES or len(self._failed) == MOST_TRIES:
+        with self._lock:
+            while self._failed and self._failed[0][0] < start:
+                self._failed.popleft()
+            own, every = sum(network == one for _, one in self._failed), len(self._failed)
+        if own >= TRIES or every == MOST_TRIES:
             raise Overloaded("Too many logins failed.", "Wait five minutes.", retry_s=TRIES_S)
 
     def note(self, network: str) -> None:
         """One failed."""
-        self._failed.append((time.monotonic(), network))
+        with self._lock:
+            self._failed.append((time.monotonic(), network))

@@ -23,6 +23,11 @@ def open_templates() -> Any:
     return made
 
 
+def render(name: str, **told: Any) -> str:
+    """A template with what it tells."""
+    return str(open_templates().get_template(f"{name}.html").render(told))
+
+
 def tell_time(told: str) -> str:
     """ISO 8601 as people read it: to the minute, with its zone."""
     return f"{told[:10]} {told[11:16]} UTC" if len(told) > 15 else told

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import statistics
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -11,21 +15,26 @@ from typing import Any
 from sqlalchemy import text
 
 from imaging.config import Places, read_params, read_sites
-from imaging.errors import UnknownPrediction
+from imaging.errors import FormularyError, UnknownPrediction
 from imaging.vocabulary import Kind, Statement
-from monitoring.labels import Door
+from monitoring.labels import REASON, Door, read_promise
 from monitoring.overview import read_overviews, read_streams
-from monitoring.records import Records
+from monitoring.records import Alarm, Records
 from registry.events import Event
 from registry.evidence import verify_package
 from registry.ledger import Ledger
 from registry.package import read_contract, shelf
 from registry.policy import read_policy
 from registry.state import State, fold
-from services.console.cells import WRONG, Board, Cell, began, concerns, judge_place, order
+from services.console.cells import WRONG, Board, Cell, began, concerns, find_first, judge_place, order
 from services.console.charts import control_chart
 
 CASES = 12
+EVER = (0, 2**62)  # rows of the journal
+NEIGHBOURS = {"MLflow": "MLFLOW_PORT", "Evidently": "EVIDENTLY_PORT"}
+PLACE = "FROM predictions WHERE task = :task AND site = :site AND version = :version"
+ROWS = f"SELECT seq, id, at, version, package, columns {PLACE} AND seq BETWEEN :low AND :high ORDER BY seq"
+NUMBERED = text(f"SELECT seq {PLACE} ORDER BY seq LIMIT 1 OFFSET :before")
 
 
 class Books:
@@ -93,11 +102,13 @@ class Books:
         streams.sort(key=lambda one: (place.get(one.name, len(alarms)), one.part, one.name))
         drawn = [(stream, control_chart(stream)) for stream in streams]
         events = [event for event in self.ledger.signed() if event.task == task and concerns(event, site)]
-        first = min(alarms, key=lambda one: began(one.since), default=None)
-        last = alarms[-1].last_seq if alarms else 0
+        first = find_first(alarms, lambda one: (one.kind, one.since))
+        plain = cell.seen is not None and cell.seen.rows == cell.seen.subjects
+        last = next(reversed([one for one in alarms if one.kind != "window"] or alarms), None)
+        behind = self.cases_behind(last, plain) if last else {}
         return {
-            "cell": cell, "title": self.sites.site(site).title, "asked": asked,
-            "alarms": alarms, "first": first, "cases": self.cases(task, site, last),
+            "cell": cell, "title": self.sites.site(site).title, "asked": asked, "alarms": alarms,
+            "first": first, "last": last, "cases": behind or {"newest": self.cases(task, site)},
             "left": [(stream, chart) for stream, chart in drawn if chart and stream.name in place],
             "drawn": [(stream, chart) for stream, chart in drawn if chart and stream.name not in place],
             "silent": [stream.name for stream, chart in drawn if not chart],
@@ -112,15 +123,65 @@ class Books:
         digest, _ = self.ledger.version(task, version)
         return read_contract(shelf(self.places.var, digest)).simulated
 
-    def cases(self, task: str, site: str, last: int = 0) -> list[dict[str, Any]]:
-        """The newest predictions up to a row of the journal, the newest first; 0 for all rows."""
-        query = text(
-            "SELECT seq, id, at, version FROM predictions WHERE task = :task AND site = :site "
-            "AND (:last = 0 OR seq <= :last) ORDER BY seq DESC LIMIT :limit"
-        )
-        asked = {"task": task, "site": site, "last": last, "limit": CASES}
+    def cases(self, task: str, site: str) -> list[dict[str, Any]]:
+        """The newest predictions, the newest first."""
+        found = [row for _, version, _, _ in self.ledger.versions(task)  # the index is by version, too
+                 for row in self._rows((task, site, version), EVER, CASES)]  # fmt: skip
+        return sorted(found, key=lambda row: -int(row["seq"]))[:CASES]
+
+    def cases_behind(self, alarm: Alarm, plain: bool) -> dict[str, list[dict[str, Any]]]:
+        """The predictions where an alarm says that a change began, and the last that it rests on.
+
+        Args:
+            alarm: the alarm.
+            plain: whether every row is of another subject: then a case's number is a row's.
+        """
+        place, half = (alarm.task, alarm.site, alarm.version), CASES // 2
+        start = self._find_start(place, alarm.since, plain)
+        before = self._rows(place, (0, start - 1), half // 2)[::-1]
+        after = self._rows(place, (start, EVER[1]), half - len(before), "ASC")
+        around = before + after
+        last = [row for row in self._rows(place, (0, alarm.last_seq), half) if row not in around]
+        return {f"around {alarm.since}": around, "the last before the alarm": last}
+
+    def _find_start(self, place: tuple[str, str, int], since: str, plain: bool) -> int:
+        """The row of a `since`: of its case, else the first of its day."""
+        day, number = began(since)
+        if number and plain:
+            with self.records.engine.connect() as connection:
+                return connection.execute(NUMBERED, _name(place) | {"before": number - 1}).scalar() or 0
+        edges = [*self._rows(place, EVER, 1, "ASC"), *self._rows(place, EVER, 1)]
+        start, end = (row["seq"] for row in edges) if edges else (0, 0)
+        while start < end:  # rows come in the order of time; their days have no index
+            middle = (start + end) // 2
+            found = self._rows(place, (middle, EVER[1]), 1, "ASC")[0]
+            start, end = (start, middle) if found["at"] >= day else (found["seq"] + 1, end)
+        return int(start)
+
+    def _rows(
+        self, place: tuple[str, str, int], span: tuple[int, int], most: int, order: str = "DESC"
+    ) -> list[Any]:
+        """Predictions of a place between two rows of the journal, the newest first unless told."""
+        asked = _name(place) | {"low": span[0], "high": span[1], "most": most}
         with self.records.engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query, asked).mappings()]
+            found = connection.execute(text(f"{ROWS} {order} LIMIT :most"), asked).mappings()
+            return [{**row, "finding": self._tell(row)} for row in found]
+
+    def _tell(self, row: Any) -> str:
+        """A prediction's finding in few words; empty where its package is not here any more."""
+        with contextlib.suppress(FormularyError):
+            contract = read_promise(self.places.var, row["package"])
+            for one in tell_findings({"columns": json.loads(row["columns"])}, contract):
+                if "share" not in one:
+                    return f"{'positive' if one['positive'] else 'negative'} ({one['probability']:.2f})"
+                if one["name"] != contract.classes[0]:
+                    return f"{one['name']} {100 * one['share']:.1f} %"
+        return ""
+
+    def has_truth(self, row: dict[str, Any]) -> bool:
+        """Whether an answer is positive or negative, so that a truth contradicts it."""
+        contract = read_promise(self.places.var, row["package"])
+        return contract.kind is not Kind.SEGMENTATION and "probability" in json.loads(row["columns"])
 
     def find(self, number: str) -> dict[str, Any]:
         """A prediction as the journal has it.
@@ -143,13 +204,15 @@ class Books:
             TrustError: its package does not hold any more.
         """
         row = self.find(number)
+        has_truth = self.has_truth(row)
         row |= {name: json.loads(row[name]) for name in ("columns", "stages_ms", "acquisition")}
         folder = shelf(self.places.var, row["package"])
         contract, evidence = read_contract(folder), verify_package(folder, self.ledger)
         audit = evidence.statements.get(Statement.EVALUATION, {}).get("explanation", {})
         said = self.door.list_judgements(row["site"], number)
         return {"row": row, "contract": contract, "findings": list(tell_findings(row, contract)),
-                "explanation": audit, "said": said[::-1]}  # fmt: skip
+                "said": said[::-1], "explanation": audit, "longest": REASON,
+                "has_truth": has_truth}  # fmt: skip
 
     def watched(self) -> str:
         """How far the monitor has come, in a sentence."""
@@ -173,6 +236,35 @@ class Books:
         """Requests that wait for a second person, oldest first."""
         asked = [event for state in self.states().values() for event in state.open.values()]
         return sorted(asked, key=lambda event: event.seq)
+
+
+class Neighbours:
+    """MLflow's and Evidently's pages, where they run; looked for every ten seconds."""
+
+    def __init__(self) -> None:
+        self._next, self._found = 0.0, dict[str, str]()
+
+    def find(self) -> dict[str, str]:
+        """Name -> address."""
+        if self._next < time.monotonic():
+            ports = {name: int(os.environ.get(variable, 0)) for name, variable in NEIGHBOURS.items()}
+            self._found = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()
+                           if port and listens(port)}  # fmt: skip
+            self._next = time.monotonic() + 10
+        return self._found
+
+
+def listens(port: int) -> bool:
+    """Whether something on loopback does."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 0.05).close()
+    except OSError:
+        return False
+    return True
+
+
+def _name(place: tuple[str, str, int]) -> dict[str, Any]:
+    return dict(zip(("task", "site", "version"), place, strict=True))
 
 
 def _mix(stream: Any) -> dict[str, Any]:

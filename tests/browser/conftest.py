@@ -27,7 +27,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
          "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """`nodes` with version 1 serving at two sites; version 2 was asked for by author@test and waits."""
     need("chromium", CHROMIUM.exists())
@@ -54,7 +54,7 @@ def send(gateway, site, count, noise, seed):
         assert answer.status_code == 200
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gateway(places):
     """At east noise doubled after 60 cases, which raised alarms; north sent too few cases to say."""
     with Gateway(places) as running:
@@ -66,7 +66,7 @@ def gateway(places):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(places):
     from playwright.sync_api import sync_playwright
 
@@ -76,7 +76,7 @@ def browser(places):
         running.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_link(gateway):
     """What `formulary services login` prints."""
 
@@ -139,7 +139,7 @@ def come_in(open_page, make_link):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def take():
     """Keep a screenshot under build/screenshots."""
     shutil.rmtree(PICTURES, ignore_errors=True)

@@ -1,10 +1,14 @@
 """The console in a real browser, as people use it: find what went wrong, see why, contain it, approve."""
 
 import re
+import time
 
 from imaging.vocabulary import Decision, Judged
-from monitoring.records import Assessment, open_records
+from monitoring.records import Alarm, Assessment, open_records
+from registry.access import Acting
+from registry.decisions import resume, suspend
 from registry.ledger import open_ledger
+from registry.signing import load_signer
 
 SITE = "/console/tasks/nodes/sites"
 PAGES = {
@@ -41,6 +45,25 @@ def confirm(page, action, because):
     part.get_by_label("Because").fill(because)
     part.get_by_role("checkbox").check()
     part.get_by_role("button", name=action, exact=True).click()
+
+
+def test_a_card_is_awaited_by_a_page_that_looks_again_and_holds_nobody_up(come_in, gateway):
+    page = come_in()
+    answer = page.goto(PAGES["card"])
+    assert answer.status == 202
+    assert page.get_by_text("The card is being drawn").is_visible()
+    told = page.request.get(f"{PAGES['version']}/examples.svg")
+    assert (told.status, int(told.headers["retry-after"]) > 0) == (503, True)
+    page.goto(PAGES["version"])
+    assert page.get_by_text("The examples are being drawn").count() == 1
+    assert audit(page) == []
+    start = time.monotonic()
+    assert gateway.client.get("/metrics").status_code == 200
+    assert time.monotonic() - start < 2
+    page.get_by_text("The examples are being drawn").scroll_into_view_if_needed()
+    page.locator("img.paper").wait_for(timeout=90_000)
+    assert page.locator("img.paper").evaluate("one => one.decode().then(() => one.naturalWidth)") > 0
+    assert page.goto(PAGES["card"]).status == 200
 
 
 def test_every_page_loads_without_complaint_and_can_be_used_by_everybody(come_in, places, take):
@@ -84,7 +107,7 @@ def test_a_link_opens_the_console_once_at_the_page_that_was_wanted(open_page, ma
     other.wrong.clear()  # Chromium tells of the 401
 
 
-def test_the_eye_finds_the_site_that_went_wrong_and_a_click_says_why(come_in):
+def test_the_eye_finds_the_site_that_went_wrong_and_a_click_says_why(come_in, places):
     page = come_in()
     first = page.locator("#told a").first
     assert re.match(r"▲ alarm\s*nodes at east", first.inner_text())
@@ -94,6 +117,17 @@ def test_the_eye_finds_the_site_that_went_wrong_and_a_click_says_why(come_in):
     assert page.get_by_text("What changed first").is_visible()
     assert page.locator("svg.chart .over").count() >= 1
     assert "One false alarm in 180 days" in page.content()
+    assert page.get_by_text("Nearest to a limit:").is_visible()
+    alarms = [one for one in open_records(places.var).read(Alarm, "nodes", "east") if one.kind == "chart"]
+    with open_records(places.var).engine.connect() as connection:
+        rows = [row[0] for row in connection.exec_driver_sql(
+            "SELECT id FROM predictions WHERE site = 'east' AND version = 1 ORDER BY seq")]  # fmt: skip
+    told = page.locator(".cases a").all_inner_texts()
+    assert len(set(told)) == len(told) > 6
+    assert all(re.match(r"[0-9a-f]{8}, (positive|negative) \(\d\.\d\d\), 20", one) for one in told)
+    began = int(re.search(r"case (\d+)", sorted(alarms, key=lambda one: one.at)[-1].since).group(1))
+    assert rows[began - 1][:8] in {one[:8] for one in told}
+    assert rows[max(one.last_seq for one in alarms) - 1][:8] in {one[:8] for one in told}
     page.locator(".cases a").first.click()
     page.wait_for_url("**/console/cases/*")
     assert page.get_by_role("cell", name=re.compile("probability .* threshold")).is_visible()
@@ -147,6 +181,88 @@ def test_the_asker_cannot_approve_and_a_second_person_can(come_in, places, take)
     last = ledger.events("nodes", Decision.APPROVED)[-1]
     assert (last.actor, last.body["because"]) == ("approver@test", "The gate's reasons were read.")
     assert page.get_by_text("No requests wait.").is_visible()
+
+
+def test_enter_in_the_reason_assesses_nothing_and_a_correction_needs_the_truth(come_in, places):
+    page, number = come_in("approver@test"), newest_case(places)
+    page.goto(f"/console/cases/{number}")
+    reason = page.get_by_label("Reason")
+    assert reason.get_attribute("maxlength") == "500"
+    reason.fill("A vessel" + "x" * 300)
+    reason.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.get_by_role("button", name="Accept").evaluate("one => one === document.activeElement")
+    page.get_by_role("button", name="Correct").click()
+    assert "What is right instead?" in page.get_by_role("alert").inner_text()
+    assert reason.input_value().startswith("A vesselxxx")
+    reason.evaluate("one => { one.removeAttribute('maxlength'); one.value = 'y'.repeat(501); }")
+    page.get_by_label("Truth").select_option("negative")
+    page.get_by_role("button", name="Correct").click()
+    assert "The reason has 501 characters. Say it in at most 500." in page.get_by_role("alert").inner_text()
+    assert page.get_by_label("Truth").input_value() == "0"
+    assert [one for one in open_records(places.var).read(Assessment) if one.prediction == number] == []
+    reason.fill("z" * 500)
+    page.get_by_role("button", name="Correct").click()
+    page.wait_for_selector("text=Your assessment was written")
+    (row,) = [one for one in open_records(places.var).read(Assessment) if one.prediction == number]
+    assert (row.verdict, row.truth, row.reason) == (Judged.CORRECTED, 0, "z" * 500)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.wrong.clear()  # Chromium tells of both 422
+
+
+def test_who_may_only_read_assesses_nothing(come_in, places):
+    roles, number = places.root / "roles.yaml", newest_case(places)
+    page, before = come_in("approver@test"), len(open_records(places.var).read(Assessment))
+    page.goto(f"/console/cases/{number}")
+    try:
+        roles.write_text("identities: {approver@test: [read-audit]}")
+        page.get_by_role("button", name="Accept").click()
+        assert "approver@test may not promote" in page.get_by_role("alert").inner_text()
+        assert len(open_records(places.var).read(Assessment)) == before
+        roles.write_text("identities: {approver@test: [read-audit, promote]}")
+        page.get_by_role("button", name="Accept").click()
+        page.wait_for_selector("text=Your assessment was written")
+    finally:
+        roles.unlink()
+    page.wrong.clear()  # Chromium tells of the 403
+
+
+WATCH = """where => { window.changes = 0; window.watch?.disconnect();
+  window.watch = new MutationObserver(told => { window.changes += told.length; });
+  const all = {subtree: true, childList: true, characterData: true};
+  window.watch.observe(document.querySelector(where), all); }"""
+
+
+def test_the_matrix_looks_again_and_takes_neither_the_focus_nor_the_word(come_in, places):
+    page, ledger = come_in(), open_ledger(places.var)
+    acting = Acting(places, ledger, load_signer(places.var, "author@test"), "A test of the matrix.")
+    page.clock.install()
+    page.goto("/console")
+
+    def look():
+        with page.expect_response("**/console?*") as told:
+            page.clock.run_for(61_000)
+        return told.value.status
+
+    page.evaluate(WATCH, "main")
+    page.locator("#cell-nodes-north").focus()
+    assert (look(), page.evaluate("changes")) == (204, 0)
+    page.evaluate(WATCH, "#said")
+    said = page.locator("#said").inner_text()
+    suspend(acting, "nodes", ("east",))  # it had alarms: as many places need a look as before
+    assert look() == 200
+    page.locator("td.is-suspended").wait_for()
+    assert page.evaluate("document.activeElement.id") == "cell-nodes-north"
+    assert (page.locator("#said").inner_text(), page.evaluate("changes")) == (said, 0)
+    suspend(acting, "nodes", ("north",))
+    assert look() == 200
+    page.locator("td.is-suspended").nth(1).wait_for()
+    assert page.evaluate("document.activeElement.id") == "cell-nodes-north"
+    assert page.locator("#said").inner_text() != said
+    assert page.evaluate("changes") > 0
+    resume(acting, "nodes", ("east", "north"))
+    assert page.locator(".wrong").evaluate("one => getComputedStyle(one).overflowY") == "visible"
 
 
 def test_a_reader_assesses_a_case_by_keyboard(come_in, places):

@@ -52,7 +52,7 @@ class Standing(FixedSlots):
         """Nothing was started."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kept(browser, tmp_path_factory):
     """A checkout of one task, `discs`; north keeps pixels for a day, east keeps none."""
     made = write_root(tmp_path_factory.mktemp("kept"), discs=Kind.SEGMENTATION)
@@ -72,14 +72,14 @@ def open_version(kept, evaluation):
     return load_package(shelf(kept.var, digest), (1, digest), "openvino/f32", evaluation)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slots(kept):
     """Version 1 at both sites, as if its heat maps had passed their audit."""
     opened = open_version(kept, PASSED)
     return Standing(kept, {("discs", site): opened for site in ("north", "east")})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(kept, slots):
     """The application on a socket of loopback."""
     port = free_port()
@@ -94,7 +94,7 @@ def server(kept, slots):
     thread.join(20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ask(server, kept):
     """Ask for an image; the id of the answer, once its pixels are written where they are kept."""
 

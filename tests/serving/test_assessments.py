@@ -1,13 +1,19 @@
 """A reader says over HTTP what an answer is worth; a site sees and judges its own answers alone."""
 
+import asyncio
 import json
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from imaging.config import Sites, read_sites
 from monitoring.journal import open_journal, pseudonym
 from monitoring.labels import read_labels
 from monitoring.records import Assessment, open_records
+from services.guard import Quotas
+from services.routes import Routes
+from services.slots import Slots
 
 NORTH = {"X-Site": "north"}
 
@@ -50,6 +56,36 @@ def test_the_same_assessment_again_is_not_another_one(gateway, answer):
     assert len(seen["assessments"]) == 1
 
 
+def test_an_answer_takes_a_hundred_assessments_and_tells_the_newest_fifty(gateway, places, answer):
+    told = [{"verdict": "accepted", "reason": f"Look {number}."} for number in range(100)]
+    assert {ask(gateway, answer["id"], body).status_code for body in told} == {201}
+    reply = ask(gateway, answer["id"], {"verdict": "accepted", "reason": "One more."})
+    assert (reply.status_code, "has 100 assessments" in reply.json()["detail"]) == (422, True)
+    assert ask(gateway, answer["id"], told[-1]).status_code == 200  # nothing new
+    seen = gateway.client.get(path_of(answer["id"]), headers=NORTH).json()["assessments"]
+    assert [one["reason"] for one in seen] == [body["reason"] for body in told[50:]]
+    kept = open_records(places.var).read(Assessment)
+    assert sum(one.prediction == answer["id"] for one in kept) == 100
+
+
+def test_assessments_count_on_their_sites_quota(places):
+    routes = Routes(places, Slots(places, "openvino/f32"))
+    sites = read_sites(places).sites
+    routes.predictor.quotas = Quotas(Sites(sites=sites | {"north": sites["north"].model_copy(
+        update={"per_second": 3.0})}))  # fmt: skip
+
+    async def post(site, count):
+        transport = httpx.ASGITransport(app=routes.build())
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            body = {"verdict": "accepted"}
+            asked = [client.post(path_of("none"), json=body, headers={"X-Site": site}) for _ in range(count)]
+            return [reply.status_code for reply in await asyncio.gather(*asked)]
+
+    told = asyncio.run(post("north", 10))
+    assert (told.count(404), told.count(429)) == (3, 7)
+    assert asyncio.run(post("east", 10)) == [404] * 10
+
+
 def test_a_label_that_comes_late_is_taken_too(gateway, answer):
     told = ask(gateway, answer["id"], {"verdict": "labelled", "truth": 0}).json()
     assert (told["verdict"], told["truth"], told["source"]) == ("labelled", 0, "http")
@@ -80,6 +116,7 @@ def test_a_wrong_body_is_refused_and_nothing_is_kept(gateway, places, answer, bo
     before = len(open_records(places.var).read(Assessment))
     reply = gateway.client.post(path_of(answer["id"]), content=body, headers=NORTH)
     assert reply.status_code == status
+    assert status != 413 or reply.json()["detail"] == "The body is over 16 KiB. Send less."
     assert reply.headers["content-type"] == "application/problem+json"
     assert len(open_records(places.var).read(Assessment)) == before
 

@@ -183,6 +183,7 @@ def test_a_small_site_has_not_enough_cases_and_no_alarm(hospital):
     assert hospital.look(42).alarms == []
     told = read_overviews(hospital.var)[("lung-nodule", "north")]
     assert told.combined["enough"] is False
+    assert told.combined["parts"]["refusals"]["value"] == 0
     streams = read_streams(hospital.places, "lung-nodule", "north", 1)
     assert not any(stream.enough for stream in streams)
 
@@ -327,9 +328,12 @@ def test_a_policy_that_cannot_be_read_leaves_the_last_one(hospital, caplog):
 
 def test_months_that_are_fed_in_steps_are_days_as_they_were(hospital):
     """Passes by the real clock over rows of last winter: no day is over before a later one is seen."""
+
+    def move(values):
+        return {"noise": values["noise"] + 0.3}
+
     for start in range(0, 60, 10):
-        hospital.send((start, start + 10), change=(lambda values: {"noise": values["noise"] + 0.3}) if start >= 40
-                      else None)  # fmt: skip
+        hospital.send((start, start + 10), change=move if start >= 40 else None)
         hospital.watch.look()
     (noise,) = (
         one for one in read_streams(hospital.places, "lung-nodule", "north", 1) if one.name == "noise"

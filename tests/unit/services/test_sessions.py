@@ -1,10 +1,12 @@
 """The console's door: links that open it once, sessions that end, and forms that no other page can send."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import stat
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from monitoring.journal import open_journal
 from monitoring.logins import read_logins
 from registry.access import admit, revoke
 from registry.ledger import open_ledger
+from registry.trials.conduct import TRUTH_SCOPE
 from services.console.pages import Console
 from services.console.sessions import IDLE_S, LINK_S, SESSION_S, Session, Sessions, Tries, read_secret
 from services.credentials import Credentials
@@ -70,7 +73,12 @@ def issue(places, ledger):
     private = ec.generate_private_key(ec.SECP256R1())
     public = json.loads(ECAlgorithm.to_jwk(private.public_key()))
     (places.root / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "1", "use": "sig"}]}))
-    roles = {"issuers": [ISSUER], "identities": {"author@test": ["read-audit", "promote"]}}
+    who = {
+        "author@test": ["read-audit", "promote"],
+        "auditor@test": ["read-audit"],
+        "clerk@test": ["promote"],
+    }
+    roles = {"issuers": [ISSUER], "identities": who}
     (places.root / "roles.yaml").write_text(yaml.safe_dump(roles))
     admit(places.var, ledger, "registry", attests=True)
 
@@ -236,7 +244,7 @@ def test_who_fails_too_often_waits_and_the_others_do_not(later):
 @pytest.fixture
 def console(places, ledger):
     credentials = Credentials(places, read_sites(places), required=True)
-    made = Console(places, open_journal(places.var), credentials, Slots(places))
+    made = Console(places, open_journal(places.var), credentials, Slots(places), lambda _: None)
     yield made
     credentials.close()
 
@@ -336,11 +344,110 @@ def test_the_login_leads_to_the_console_alone_and_is_audited(console, ask, place
     assert {("author@test", "admitted"), ("", "not believed")} <= rows
 
 
-def test_guessing_at_the_login_is_slowed_down(ask, console):
+def test_guessing_at_the_login_is_slowed_down_and_locks_no_link_out(ask, console):
+    link = console.sessions.make_link("author@test")
+    assert ask("POST", "/console/login", code=link).status_code == 303
+    for _ in range(12):
+        assert ask("POST", "/console/login", code=link).status_code == 401  # used: nobody guesses its seal
     for _ in range(10):
         assert ask("POST", "/console/login", token="guess").status_code == 401
-    told = ask("POST", "/console/login", code=console.sessions.make_link("author@test"))
-    assert told.status_code == 429
+    for guess in ({"token": "guess"}, {"code": "a.b"}):
+        assert ask("POST", "/console/login", **guess).status_code == 429
+    link = console.sessions.make_link("author@test")
+    assert ask("POST", "/console/login", code=link).status_code == 303
+
+
+def test_tries_are_counted_right_by_many_threads_at_once():
+    tries, broken = Tries(), []
+
+    def guess(network):
+        try:
+            for _ in range(300):
+                tries.note(network)
+                with contextlib.suppress(Overloaded):
+                    tries.check("elsewhere")
+        except RuntimeError as error:
+            broken.append(error)
+
+    before, threads = (
+        sys.getswitchinterval(),
+        [threading.Thread(target=guess, args=(str(n),)) for n in range(8)],
+    )
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not broken
+
+
+@pytest.mark.parametrize("site", [["north"], {"north": 1}, 7, True, None, ""])
+def test_a_token_that_names_a_site_which_is_none_opens_nothing(sessions, issue, site):
+    with pytest.raises(NotAuthenticated):
+        sessions.begin_by_token(issue(site=site, scope="read-audit promote"))
+
+
+def test_a_token_that_may_not_name_its_site_opens_nothing(places, sessions, issue):
+    path, token = places.root / "roles.yaml", issue(site="north", scope="read-audit")
+    found = sessions.begin_by_token(token)
+    roles = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**roles, "issuers": [ISSUER | {"sites": ["east"]}]}))
+    for site in ("north", "East", "east "):
+        with pytest.raises(NotAuthenticated):
+            sessions.begin_by_token(issue(site=site, scope="read-audit"))
+    with pytest.raises(NotAuthenticated):
+        sessions.admit(found)
+    path.write_text(yaml.safe_dump({**roles, "issuers": [ISSUER | {"site": "hospital"}]}))
+    with pytest.raises(NotAuthenticated, match="another site"):
+        sessions.admit(found)  # it began as north's, and would be everybody's now
+
+
+def test_a_token_does_no_more_than_roles_yaml_lets_its_person(sessions, issue):
+    with pytest.raises(Forbidden, match="may not read-audit"):
+        sessions.admit(sessions.begin_by_token(issue(sub="clerk@test", scope="read-audit promote")))
+    with pytest.raises(Forbidden, match="may not read-audit"):
+        sessions.admit(sessions.begin_by_token(issue(sub="author@test", scope="promote")))
+    sessions.admit(sessions.begin_by_token(issue(sub="author@test", scope="read-audit")))
+
+
+def test_who_only_reads_writes_no_labels(sessions, issue):
+    for claims in ({"sub": "auditor@test"}, {"sub": "auditor@test", "scope": "read-audit promote"},
+                   {"scope": "read-audit"}):  # fmt: skip
+        found = sessions.begin_by_token(issue(**claims))
+        sessions.admit(found)
+        with pytest.raises(Forbidden, match="may not promote"):
+            sessions.admit(found, TRUTH_SCOPE)
+    sessions.admit(sessions.begin_by_token(issue(sub="author@test")), TRUTH_SCOPE)
+    sessions.admit(sessions.begin_by_token(issue(site="north")), TRUTH_SCOPE)  # of its own site
+
+
+def test_what_no_page_of_ours_sends_is_refused_and_is_no_fault(console, ask, cookie, caplog):
+    stamp = console.sessions.stamp(console.sessions.find(cookie))
+    path, long = "/console/tasks/brain-tissue/sites/north", "1" * 5000
+    many = {f"field{number}": "x" for number in range(101)}
+    assert ask("POST", path, cookie, stamp=stamp, **many).status_code == 400
+    assert ask("POST", "/console/login", **many).status_code == 400
+    for origin in ("http://[", "http://[::1", "//", "null"):
+        assert ask("POST", path, cookie, {"origin": origin}, stamp=stamp).status_code == 403
+    for number in (long, "9" * 30, "0", "-1", "x", "\u0663", "1%00"):
+        for rest in ("", "/card", "/examples", "/examples.svg"):
+            told = ask("GET", f"/console/tasks/brain-tissue/versions/{number}{rest}", cookie)
+            assert told.status_code == 404, (number[:9], rest)
+        told = ask("POST", "/console/queue", cookie, stamp=stamp, action="approve", version=number,
+                   task="brain-tissue", sure="yes", because="why")  # fmt: skip
+        assert told.status_code == 404
+    for lost in (
+        "/console/cases/%ff%00",
+        "/console/tasks/%00/sites/north",
+        f"/console/tasks/{long}/sites/{long}",
+    ):
+        assert 400 <= ask("GET", lost, cookie).status_code < 500
+    told = ask("POST", "/console/login", token="x" * 70_000)
+    assert (told.status_code, "over 64 KiB" in told.text, "slice" in told.text) == (413, True, False)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_logging_out_ends_the_session_for_whoever_copied_the_cookie(console, ask, cookie):
