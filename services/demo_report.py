@@ -86,7 +86,7 @@ def print_table(console: Any, result: dict[str, Any], places: Places) -> None:
         f"\nResearch use only; simulated sites, see data/README.md. Took {result['seconds']:.0f} s."
     )
     rows = {"What to look at": result["reports"]["index"], "For machines": places.var / "demo.json",
-            "What to try": "make up"}  # fmt: skip
+            "What to try": "make up; formulary services login approver@demo opens the console"}  # fmt: skip
     for name, value in rows.items():
         console.print(f"{name:<16} {_short(value)}", highlight=False, soft_wrap=True)
 
