@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hmac
 import json
 import math
 import os
-import secrets
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from imaging.errors import JournalDown
 from monitoring import telemetry
+from monitoring.records import now
 from registry.database import open_database, writing
+from registry.signing import read_secret
 
 INSERT = (
     "INSERT INTO predictions (id, at, request_id, task, site, version, package, engine, subject, image, "
@@ -115,7 +112,7 @@ class Journal:
         Raises:
             JournalDown: the database cannot be written: disk full, locked for over two seconds, gone.
         """
-        at, start = _now(), time.perf_counter()
+        at, start = now(), time.perf_counter()
         self._write(INSERT, [
             (row.id, at, row.request_id, row.task, row.site, row.version, row.package, row.engine,
              row.subject, row.image, _dump(row.columns), _dump(row.stages_ms), row.answer, row.batch,
@@ -235,26 +232,7 @@ def pseudonym(var: Path, site: str, subject: str) -> str:
         site: the site.
         subject: the site's number of the person.
     """
-    return hmac.digest(_site_key(var, site), subject.encode(), "sha256").hex()
-
-
-def _site_key(var: Path, site: str) -> bytes:
-    path = var / "keys" / f"subjects-{site}.key"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-            stream.write(secrets.token_bytes(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)  # of two processes that make it at once, the first wins
-        draft.unlink()
-    told = path.stat()
-    return _read_key(path, told.st_ino, told.st_mtime_ns)
-
-
-@functools.lru_cache(1024)
-def _read_key(path: Path, _inode: int, _changed: int) -> bytes:
-    return path.read_bytes()
+    return hmac.digest(read_secret(var / "keys" / f"subjects-{site}.key"), subject.encode(), "sha256").hex()
 
 
 def _down(error: Exception) -> JournalDown:
@@ -269,7 +247,3 @@ def _dump(values: dict[str, float]) -> str:
     if not all(map(math.isfinite, values.values())):
         raise ValueError("a journal keeps finite numbers only")
     return orjson.dumps(values, option=orjson.OPT_SORT_KEYS).decode()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

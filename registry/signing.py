@@ -6,9 +6,11 @@ Source: DSSE v1 (secure-systems-lab) and in-toto Statement v1. The only module t
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -176,3 +178,25 @@ def unseal(envelope: dict[str, Any], trusted: dict[str, str]) -> tuple[dict[str,
 def _encode(kind: str, body: bytes) -> bytes:
     """DSSE's pre-authentication encoding."""
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(body), body)
+
+
+def read_secret(path: Path) -> bytes:
+    """32 random bytes of a file that is made where there is none, mode 0600; whoever makes it first wins.
+
+    Read once as long as the file stays what it is.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(secrets.token_bytes(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    told = path.stat()
+    return _read_again(path, told.st_ino, told.st_mtime_ns)
+
+
+@lru_cache(1024)
+def _read_again(path: Path, _inode: int, _changed: int) -> bytes:
+    return path.read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from imaging.config import Places, read_sites
 from imaging.errors import TrustError
+from registry.signing import read_secret
 
 LOG = logging.getLogger(__name__)
 NONCE = 12
@@ -50,7 +50,7 @@ def seal(var: Path, held: Held, number: str) -> bytes:
 
     The site's key is made where there is none.
     """
-    nonce, key = secrets.token_bytes(NONCE), AESGCM(_read_key(var, held.site))
+    nonce, key = secrets.token_bytes(NONCE), AESGCM(read_secret(_key_path(var, held.site)))
     return nonce + key.encrypt(nonce, held.kind.encode() + b"\n" + held.body, number.encode())
 
 
@@ -183,23 +183,3 @@ def _today() -> date:
 
 def _key_path(var: Path, site: str) -> Path:
     return var / "keys" / f"pixels-{site}.key"
-
-
-def _read_key(var: Path, site: str) -> bytes:
-    """The site's key, made where there is none, mode 0600; of two processes that make it the first wins."""
-    path = _key_path(var, site)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-            stream.write(AESGCM.generate_key(256))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
-        draft.unlink()
-    told = path.stat()
-    return _cached_key(path, told.st_ino, told.st_mtime_ns)
-
-
-@functools.lru_cache(64)
-def _cached_key(path: Path, _inode: int, _changed: int) -> bytes:
-    return path.read_bytes()

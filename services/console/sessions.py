@@ -23,6 +23,7 @@ from typing import Any
 from imaging.config import Places
 from imaging.errors import Forbidden, NotAuthenticated, Overloaded, TrustError
 from imaging.vocabulary import Scope
+from registry import signing
 from registry.access import Roles, act, act_by_token, read_roles, read_token
 from registry.ledger import Ledger
 from registry.signing import Signer
@@ -253,15 +254,7 @@ def read_secret(var: Path) -> bytes:
         TrustError: it is not what was made.
     """
     path = var / "keys" / "console.key"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-            stream.write(secrets.token_bytes(SECRET_BYTES))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)  # of two processes that make it at once, the first wins
-        draft.unlink()
-    secret = path.read_bytes()
+    secret = signing.read_secret(path)
     if len(secret) != SECRET_BYTES:  # a shorter one could be guessed
         raise TrustError(f"{path} is damaged.", "Remove it; everybody logs in again.")
     return secret
