@@ -1,6 +1,7 @@
 """What the console's pages show and how they are drawn: one at a time, cards by a process of their own."""
 
 import asyncio
+import socket
 import stat
 import threading
 import time
@@ -24,7 +25,7 @@ from services.console.charts import sparkline
 from services.console.doors import COOKIE, WAITING, Doors
 from services.console.dossier import Cards
 from services.console.sessions import Sessions
-from services.console.views import CASES, Books
+from services.console.views import CASES, Books, Neighbours
 from tests.tiny_registry import TASK, make_places, write_stages
 
 ALARM = Alarm(task=TASK, site="north", version=1, kind="chart", statistic="noise", part="pixels",
@@ -218,3 +219,12 @@ def test_the_cases_behind_an_alarm_are_those_where_the_change_began_and_its_last
         assert not {*around, *ends} & {*later}
     first = books.cases_behind(replace(alarm, since="case 1, 2026-11-01"), True)
     assert [row["id"] for row in next(iter(first.values()))] == before[:6]
+
+
+def test_a_page_beside_is_linked_where_it_runs_and_only_there(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        monkeypatch.setenv("EVIDENTLY_PORT", str(port))
+        monkeypatch.setenv("MLFLOW_PORT", "1")
+        assert Neighbours().find() == {"Evidently": f"http://127.0.0.1:{port}"}
+    assert Neighbours().find() == {}
