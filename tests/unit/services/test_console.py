@@ -167,7 +167,7 @@ def answers(books, monkeypatch):
     """Put answers of a day into the journal: their version, how many, and of whom."""
 
     def make(day, version, count, site="north"):
-        monkeypatch.setattr("monitoring.journal._now", lambda: f"2026-11-{day:02}T12:00:00+00:00")
+        monkeypatch.setattr("monitoring.journal.now", lambda: f"2026-11-{day:02}T12:00:00+00:00")
         rows = [Prediction(id=str(uuid.uuid4()), request_id="x", task=TASK, site=site, version=version,
                            package="sha256:1", engine="openvino/f32", subject=None, image=f"{day}-{n}",
                            columns={}, stages_ms={}) for n in range(count)]  # fmt: skip
