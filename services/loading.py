@@ -74,9 +74,9 @@ class Loader:
         served = self._open.get(wanted)
         return served if served and self._workers.all_have(_name(wanted)) else None
 
-    def waits(self) -> bool:
-        """Whether something is open here and not yet in every other worker."""
-        return any(not self._workers.all_have(_name(one)) for one in [*self._open])
+    def ready(self) -> frozenset[Wanted]:
+        """What `find` finds now."""
+        return frozenset(one for one in [*self._open] if self._workers.all_have(_name(one)))
 
     def is_refused(self, wanted: Wanted) -> bool:
         """Whether it was looked at and does not hold."""

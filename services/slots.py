@@ -95,7 +95,7 @@ class Slots:
         self.tables = Tables()
         self.loader = Loader(places, self._ledger, engine)
         self.head = ""
-        self._seen = -1
+        self._seen: tuple[int, int, frozenset[Wanted]] | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="slots", daemon=True)
 
@@ -161,8 +161,8 @@ class Slots:
         Nothing is opened here, so that a suspension or a rollback never waits for a package.
         """
         generation, self.head = self._ledger.head()
-        changes = self.loader.changes
-        if (generation, changes) == (self.tables.generation, self._seen) and not self.loader.waits():
+        seen = generation, self.loader.changes, self.loader.ready()
+        if seen == self._seen:  # nor did another worker open what this one waits for
             return
         tables, wanted = Tables(generation), Wishes()
         for task in self.tasks:
@@ -172,7 +172,7 @@ class Slots:
             self._fill(tables, state, wishes)
             self._fill_rest(tables, state, wishes)
             wanted.add(wishes)
-        self.tables, self._seen = tables, changes
+        self.tables, self._seen = tables, seen
         serving = [*tables.champions.values(), *(served for served, _ in tables.canaries.values())]
         self.loader.want([*wanted.now, *wanted.later], serving)
 

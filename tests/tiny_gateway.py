@@ -97,7 +97,7 @@ class Gateway:
         samples = [sample for family in families for sample in family.samples]
         return sum(s.value for s in samples if s.name == metric and labels.items() <= s.labels.items())
 
-    def wait(self, condition, seconds=20):
+    def wait(self, condition, seconds=60):
         """Until a condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():

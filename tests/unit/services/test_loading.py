@@ -2,12 +2,15 @@
 
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 from imaging.errors import RegistryError, TrustError
+from registry.state import Placement, State
 from services import loading
 from services.loading import Loader, Wanted
+from services.slots import Slots
 
 
 @dataclass
@@ -23,6 +26,13 @@ class Served:
     version: int
     engine: str = "fake/f32"
     runner: Runner = field(default_factory=Runner)
+
+    @property
+    def digest(self):
+        return f"sha256:{self.version}"
+
+    def at(self, *_):
+        return self
 
 
 class Evidence:
@@ -127,6 +137,45 @@ def test_what_serves_in_place_of_what_does_not_hold_is_not_closed(loader):
         time.sleep(0.01)
     assert first.runner.closed
     assert loader.find(wish(1)) is None
+
+
+class OneLedger(Ledger):
+    """One task, one site, and the version that it wants there."""
+
+    def __init__(self):
+        super().__init__()
+        self.version, self.generation = 1, 1
+
+    def head(self):
+        return self.generation, "hash"
+
+    def events(self, *_):
+        return []
+
+    def state(self, task):
+        placed = Placement(self.version, f"sha256:{self.version}", "2026-01-01")
+        trail = {"north": [Placement(1, "sha256:1", "2026-01-01"), placed]}
+        return State(trail=trail)
+
+
+def test_what_another_worker_opened_between_two_looks_is_swapped_in(places, loader, monkeypatch):
+    """This one opens it first, looks, and the other has it before the next look."""
+    others, ledger = {"sha256:1#0"}, OneLedger()
+    monkeypatch.setattr("services.slots.open_ledger", lambda _: ledger)
+    monkeypatch.setattr("services.slots.read_params", lambda _: SimpleNamespace(tasks={"nodes": None}))
+    monkeypatch.setattr(loader._workers, "all_have", lambda name: name in others)
+    slots = Slots(places)
+    slots.loader = loader
+    serves = []
+    for step in (slots.refresh, loader.open_all, slots.refresh):
+        step()
+    ledger.version, ledger.generation = 2, 2
+    for step in (slots.refresh, loader.open_all, slots.refresh, slots.refresh):
+        step()
+        serves.append(slots.find("nodes", "north").version)
+    others.add("sha256:2#0")
+    slots.refresh()
+    assert [*serves, slots.find("nodes", "north").version] == [1, 1, 1, 1, 2]
 
 
 def test_a_ledger_that_is_away_does_not_end_the_opening(loader, ledger, monkeypatch):
