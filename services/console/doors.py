@@ -149,8 +149,7 @@ class Doors:
                 if request.method == "POST":
                     await read_form(visit)
                     check_origin(request)
-                page = post if request.method == "POST" else get
-                return finish(await self._wait(self._pages, page, visit))
+                return finish(await self._wait(self._pages, self._run, visit, get, post))
             except FormularyError as error:
                 return finish(await self._tell(visit, error))
 

@@ -195,7 +195,8 @@ class Console:
             who = self.sessions.read_link(code)["who"] if code else ""
         except NotAuthenticated as error:
             visit.problem, code = error, ""
-        shown = self._show("login", visit, code=code, who=who, next=doors.next_page(asked.get("next", "")))
+        then = visit.form.get("next") or asked.get("next", "")
+        shown = self._show("login", visit, code=code, who=who, next=doors.next_page(then))
         shown.status_code = 401 if visit.problem else 200
         return shown
 

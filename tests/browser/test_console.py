@@ -1,13 +1,20 @@
 """The console in a real browser, as people use it: find what went wrong, see why, contain it, approve."""
 
+import json
 import re
 import time
 
+import jwt
+import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
 from imaging.vocabulary import Decision, Judged
 from monitoring.records import Alarm, Assessment, open_records
-from registry.access import Acting
+from registry.access import Acting, admit
 from registry.decisions import resume, suspend
 from registry.ledger import open_ledger
+from registry.promotion import request
 from registry.signing import load_signer
 
 SITE = "/console/tasks/nodes/sites"
@@ -353,3 +360,57 @@ def test_without_scripts_the_console_does_the_same(come_in, gateway):
     gateway.wait(lambda: gateway.post("nodes", site="north").status_code == 503)
     confirm(page, "Resume", "It is over.")
     gateway.wait(lambda: gateway.post("nodes", site="north").status_code == 200)
+
+
+def test_a_rollback_brings_the_version_before_back_here_and_nowhere_else(come_in, places, gateway):
+    page, ledger = come_in(), open_ledger(places.var)
+    assert {ledger.champions("nodes")[site].version for site in ("north", "east")} == {2}
+    page.goto(f"{SITE}/east")
+    confirm(page, "Roll back", "It was better before.")
+    page.wait_for_selector("text=Version 1")
+    assert {site: one.version for site, one in ledger.champions("nodes").items()} == {"north": 2, "east": 1}
+    gateway.wait(lambda: gateway.post("nodes", site="east").json()["version"] == 1)
+    assert gateway.post("nodes", site="north").json()["version"] == 2
+    assert ledger.events("nodes")[-1].body["because"] == "It was better before."
+
+
+def test_a_request_is_rejected_with_a_reason_and_waits_no_more(come_in, places):
+    ledger = open_ledger(places.var)
+    request(Acting(places, ledger, load_signer(places.var, "author@test")), "nodes", 2)  # for east again
+    page = come_in("approver@test")
+    page.goto("/console/queue")
+    confirm(page, "Reject", "Its cohort lacks children.")
+    page.wait_for_selector("text=No requests wait.")
+    last = ledger.events("nodes", Decision.REJECTED)[-1]
+    told = last.actor, last.body["version"], last.body["because"]
+    assert told == ("approver@test", 2, "Its cohort lacks children.")
+    page.goto("/console/tasks/nodes/versions/2")
+    assert page.get_by_text("Its cohort lacks children.").is_visible()
+
+
+def test_a_token_of_the_hospitals_own_login_opens_its_site_alone(open_page, places):
+    private, now = ec.generate_private_key(ec.SECP256R1()), int(time.time())
+    public = json.loads(ECAlgorithm.to_jwk(private.public_key()))
+    (places.root / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "1", "use": "sig"}]}))
+    issuer = {"issuer": "https://idp.test", "audience": "formulary", "keys": "jwks.json"}
+    admit(places.var, open_ledger(places.var), "registry", attests=True)
+    claims = {"sub": "ada@test", "iss": issuer["issuer"], "aud": issuer["audience"], "iat": now,
+              "exp": now + 600, "site": "north", "scope": "read-audit"}  # fmt: skip
+    page, roles = open_page(), places.root / "roles.yaml"
+    try:
+        roles.write_text(yaml.safe_dump({"issuers": [issuer]}))
+        page.goto(f"/console/login?next={SITE}/north")
+        page.get_by_label("Token of an issuer").fill("a.b.c")
+        page.get_by_role("button", name="Log in").click()
+        page.get_by_role("alert").wait_for()
+        assert audit(page) == []
+        page.get_by_label("Token of an issuer").fill(jwt.encode(claims, private, "ES256", headers={"kid": "1"}))
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url(f"**{SITE}/north")
+        assert page.get_by_text("ada@test").is_visible()
+        assert page.goto(f"{SITE}/east").status in (403, 404)
+        page.goto("/console")
+        assert page.locator("#board thead th").all_inner_texts()[1:] == ["north"]
+    finally:
+        roles.unlink(missing_ok=True)
+    page.wrong.clear()  # Chromium tells of the 401 and of the other site
