@@ -1,9 +1,7 @@
 """A silent trial beside live traffic: it sees every case, answers nobody, and may die; then a canary."""
 
-import contextlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 
@@ -65,40 +63,27 @@ def challengers(gateway):
     return [one for one in running if "services.challenger" in one.cmdline()]
 
 
-def hurry(gateway):
-    """Take the challenger from the end of the line: beside other tests it would wait there for hours."""
-    for process in challengers(gateway):
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-            for thread in process.threads():
-                os.sched_setscheduler(thread.id, os.SCHED_OTHER, os.sched_param(0))
-                os.setpriority(os.PRIO_PROCESS, thread.id, 0)
-
-
-def wait(gateway, condition):
-    gateway.wait(lambda: hurry(gateway) or condition(), seconds=120)
-
-
 def test_every_case_is_shown_and_a_killed_challenger_leaves_traffic_untouched(places, gateway):
     ask(gateway, 0)
     assert not challengers(gateway)  # without a trial nothing runs
     begun = command(places, "trial", "nodes", "2", "--size", "2000", "--margin", "0.01", "--site", "north",
                     "--because", "A test.", "--identity", "author@test")  # fmt: skip
     trial, rows = begun["trial"], open_rows(places.var)
-    asked = [ask(gateway, 1)]
-    gateway.wait(lambda: asked.append(ask(gateway, 1)) or challengers(gateway))
+    gateway.wait(lambda: ask(gateway, 1) and challengers(gateway))  # until the gateway knows of the trial
     gateway.wait(lambda: [one.nice() for one in challengers(gateway)] == [19])
-    wait(gateway, lambda: rows.read(trial))
-    asked += [ask(gateway, number) for number in range(2, 40)]
+    gateway.wait(lambda: rows.read(trial))
+    asked = [ask(gateway, number) for number in range(2, 40)]
     for process in challengers(gateway):
         process.kill()
     asked += [ask(gateway, number) for number in range(40, 80)]
     assert {response.status_code for response in asked} == {200}
     assert {response.json()["version"] for response in asked} == {1}
     shown = {response.json()["id"]: response.json() for response in asked}
-    wait(gateway, lambda: {row.prediction for row in rows.read(trial)} >= shown.keys())
+    gateway.wait(lambda: {row.prediction for row in rows.read(trial)} >= shown.keys(), seconds=120)
     for row in rows.read(trial):
         assert (row.champion, row.site, row.failure, row.subject is None) == (1, "north", "", False)
-        assert row.champion_positive == shown[row.prediction]["positive"]
+        if row.prediction in shown:
+            assert row.champion_positive == shown[row.prediction]["positive"]
         assert row.difference == float(row.positive != row.champion_positive)
     assert ask(gateway, 80, site="east").status_code == 200  # not in the trial
     assert gateway.count("formulary_trial_starts_total", task="nodes") >= 2
@@ -115,7 +100,7 @@ def test_what_the_challenger_says_is_what_it_says_alone(places, gateway):
     (places.var / "case.npy").write_bytes(body)
     trial = next(iter(open_ledger(places.var).state("nodes").trials.values())).seq
     rows = open_rows(places.var)
-    wait(gateway, lambda: told["id"] in {row.prediction for row in rows.read(trial)})
+    gateway.wait(lambda: told["id"] in {row.prediction for row in rows.read(trial)})
     row = next(row for row in rows.read(trial) if row.prediction == told["id"])
     alone = predict_file(places, places.var / "case.npy", "nodes", None, 2)
     assert row.positive == alone["positive"]
@@ -125,10 +110,10 @@ def test_masks_are_compared_by_dice(places, gateway):
     begun = command(places, "trial", "discs", "2", "--size", "400", "--margin", "0.3", "--because", "A test.",
                     "--identity", "author@test")  # fmt: skip
     rows, asked = open_rows(places.var), []
-    wait(gateway, lambda: asked.append(ask(gateway, 1, task="discs")) or rows.read(begun["trial"]))
+    gateway.wait(lambda: asked.append(ask(gateway, 1, task="discs")) or rows.read(begun["trial"]))
     asked += [ask(gateway, number, task="discs") for number in range(2, 12)]
     ids = {response.json()["id"] for response in asked}
-    wait(gateway, lambda: {row.prediction for row in rows.read(begun["trial"])} & ids)
+    gateway.wait(lambda: {row.prediction for row in rows.read(begun["trial"])} & ids)
     found = rows.read(begun["trial"])
     assert {(row.failure, row.positive, row.champion_positive) for row in found} == {("", None, None)}
     assert 0 < np.mean([row.difference for row in found]) < 1
@@ -148,7 +133,7 @@ def test_the_report_stops_the_trial_and_a_canary_follows(places, gateway):
     while command(places, "trial", "nodes")["verdict"] == "running":
         for number in itertools.islice(numbers, 30):
             assert ask(gateway, number).status_code == 200
-        wait(gateway, lambda: open_rows(places.var).read(begun["trial"]))
+        gateway.wait(lambda: open_rows(places.var).read(begun["trial"]))
     ended = command(places, "trial", "nodes", "--stop", "--because", "Read.", "--identity", "author@test")
     assert ended["verdict"] == "passed"
     ledger = open_ledger(places.var)
