@@ -64,11 +64,11 @@ WORDS = """
 ## Detection delays
 
 Cases from a change to the first alarm, the median over {repeats} simulated streams; "never" where half of
-them saw nothing within 1,200 cases. The surveillance has a budget of one false alarm in {budget:g} days a
-site: on null streams it raised one in {days:g} (days that differ by .2 sd, daily charts and windows), and
-single sites {low:g} to {high:g} in a budget's time (5th and 95th percentile). Evidently's preset calls at
-least one of eight columns drifted in {share:.0%} of null windows of 200; with Wasserstein, PSI or JS in
-{worst}.
+them saw nothing within 1,200 cases. The surveillance has a budget of one false alarm in {budget:g} days at a
+site with one task: on null streams it raised one in {days:g} (days that differ by .2 sd, daily charts and
+windows), and single sites {low:g} to {high:g} in a budget's time (5th and 95th percentile). Evidently's
+preset calls at least one of eight columns drifted in {share:.0%} of null windows of 200; with Wasserstein,
+PSI or JS in {worst}.
 
 | change | {names} |
 |{rules}

@@ -42,30 +42,32 @@ NAMES = ("background", "median", "bright", "contrast", "noise", "sharpness", "un
 INSERT = text(
     "INSERT INTO predictions (id, at, request_id, task, site, version, package, engine, subject, image, "
     "columns, stages_ms, answer, batch, acquisition) VALUES (:id, :at, 'r', :task, :site, :version, "
-    "'sha256:' || :version, 'openvino/f32', :id, :id, :columns, :stages, '', '', :acquisition)"
+    ":package, 'openvino/f32', :id, :id, :columns, :stages, '', '', :acquisition)"
 )
 STAGES, MADE = '{"engine": 4.0, "journal": 2.0}', '{"make": "Maker", "model": "One"}'
+Place = tuple[str, str, int, str]  # task, site, version, digest of its package
+PLACES: list[Place] = [(task, f"site-{site:02d}", version, f"sha256:{version}")
+                       for site in range(SITES)
+                       for task in TASKS for version in range(1, VERSIONS + 1)]  # fmt: skip
 
 
-def write_day(records: Records, day: int, rng: np.random.Generator) -> int:
+def write_day(records: Records, day: int, rng: np.random.Generator, places: list[Place] = PLACES) -> int:
     """A day of every place, in one transaction; how many rows."""
-    rows = list(_draw(day, rng))
+    rows = list(_draw(day, rng, places))
     with writing(records.engine).begin() as connection:
         connection.execute(INSERT, rows)
     return len(rows)
 
 
-def _draw(day: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _draw(day: int, rng: np.random.Generator, places: list[Place]) -> Iterator[dict[str, Any]]:
     at = f"{(START + timedelta(days=day)).isoformat()}T12:00:00.000+00:00"
     for _ in range(PER_DAY):
-        for site in range(SITES):
-            for task in TASKS:
-                for version in range(1, VERSIONS + 1):
-                    values = dict(zip(NAMES, rng.normal(size=len(NAMES)).round(4).tolist(), strict=True))
-                    values["probability"] = round(float(rng.beta(0.5, 0.5)), 4)
-                    key = rng.bytes(32).hex()
-                    yield {"id": key, "at": at, "task": task, "site": f"site-{site:02d}", "version": version,
-                           "columns": json.dumps(values), "stages": STAGES, "acquisition": MADE}  # fmt: skip
+        for task, site, version, package in places:
+            values = dict(zip(NAMES, rng.normal(size=len(NAMES)).round(4).tolist(), strict=True))
+            values["probability"] = round(float(rng.beta(0.5, 0.5)), 4)
+            key = rng.bytes(32).hex()
+            yield {"id": key, "at": at, "task": task, "site": site, "version": version, "package": package,
+                   "columns": json.dumps(values), "stages": STAGES, "acquisition": MADE}  # fmt: skip
 
 
 def give_evaluation(watch: Watch, rng: np.random.Generator) -> None:

@@ -14,7 +14,7 @@ from imaging.recipe import ReferenceSection
 from imaging.vocabulary import Unit
 from monitoring.charts import Chart, Setting, advance, limit
 from monitoring.reference import SMALLEST_REFERENCE, name_columns, read_axes, read_reference
-from monitoring.windows import PERMUTATIONS, compare_windows, level
+from monitoring.windows import judge_window, level
 from registry.package import digest_package, read_contract
 from registry.surveillance import Surveillance
 
@@ -41,7 +41,8 @@ def calibrate_alarms(
 ) -> dict[str, Any]:
     """Measure the share of null windows that alarm, and the smallest shift seen with power .8, at each site.
 
-    And hold the false alarms of charts and window test at simulated sites against the policy's budget.
+    And hold the false alarms of charts and window test at simulated sites against the task's part of the
+    policy's budget.
 
     Args:
         section: alpha, window, repeats and seed.
@@ -91,7 +92,7 @@ def find_crossings(
     Args:
         values: (sites, days, subjects a day, columns).
         surveillance: the unit decides whether a value is a subject or the mean of a day.
-        streams: that share a site's budget.
+        streams: that share the task's part of a site's budget.
         seed: of the draws within ranks.
 
     Returns:
@@ -127,7 +128,7 @@ def find_windows(
     for start in range(0, len(rows) - size + 1, size):
         window = rows[start : start + size]
         of_day = np.arange(size) // a_day if by_day else None
-        _, p = compare_windows(reference, window, PERMUTATIONS, seed + start, of_day)
+        _, p = judge_window(reference, window, alpha, seed + start, of_day)
         told.append((start + size - 1, p <= alpha))
     return told
 
@@ -177,7 +178,8 @@ def _promise(watched: dict[str, dict[str, int]], surveillance: Surveillance) -> 
     streams = max((told["streams"] for told in watched.values()), default=0)
     return {
         "budget_days": surveillance.budget_days,
-        "asked_days": round(surveillance.budget_days / share, 3),
+        "tasks": surveillance.tasks,
+        "asked_days": round(surveillance.task_days / share, 3),
         "unit": surveillance.unit,
         "per_day": surveillance.per_day,
         "allowance": surveillance.allowance,

@@ -86,17 +86,17 @@ class Chart:
 
 
 def limit(surveillance: Surveillance, streams: int) -> float:
-    """The limit at which all charts of a site spend what the window test leaves of its budget.
+    """The limit at which all charts of a task at a site spend what the window test leaves of its budget.
 
     Args:
         surveillance: the budget, the unit, the allowance and the share of the window test.
-        streams: charts of the site, at least 1; only those whose values ever differ spend anything.
+        streams: charts of the task there, at least 1; only those whose values ever differ spend anything.
 
     Returns:
         h of one two-sided CUSUM, in standard deviations of a score.
     """
     a_day = surveillance.per_day if surveillance.unit is Unit.SUBJECT else 1.0
-    days = surveillance.budget_days / (1 - surveillance.window_share)
+    days = surveillance.task_days / (1 - surveillance.window_share)
     return find_limit(days * a_day * streams, surveillance.allowance)
 
 

@@ -40,9 +40,13 @@ def reference(task: str) -> None:
     from registry.policy import read_policy
 
     places = read_places()
-    section, promise = read_params(places).task(task).reference, read_policy(task, places.policies)
-    body = calibrate_alarms(section, places.stage(task, "package"), promise.surveillance)
+    params, asked = read_params(places), read_policy(task, places.policies).surveillance
+    body = calibrate_alarms(params.task(task).reference, places.stage(task, "package"), asked)
     write_alarms(body, places.stage(task, "reference"))
+    if len(params.tasks) > asked.tasks:
+        click.echo(
+            f"By this policy {asked.tasks} tasks share a site's budget; params.yaml has more.", err=True
+        )
     rows = [[site, str(told["subjects"]), f"{told['null_alarm_share'][0]:.3f}", f"{told['shift_seen_sd']} sd"]
             for site, told in body["sites"].items() if told["judged"]]  # fmt: skip
     print_table(f"{task}: drift test at alpha {body['alpha']}, window {body['window']}",

@@ -22,7 +22,6 @@ from monitoring.streams import RECENT_DAYS, Streams, Table, part_of
 from registry.projection import AXES
 from registry.surveillance import Surveillance
 
-FEW = 99  # permutations of the first look at a window
 TINY = 1e-6  # a limit is above 0, however large the budget
 QUIET = 60  # values after a crossing in which another one of the stream, in its direction, is no new alarm
 
@@ -119,9 +118,7 @@ class Judge:
         level = windows.level(asked, span if daily else len(days) / asked.per_day)
         told = np.concatenate([np.array(streams.own_days, int), days]) if daily else None
         seed = cases.dropped + int(chosen[0])
-        statistic, p = windows.compare_windows(reference, window, FEW, seed, told)
-        if p <= 0.1 + 2 * level:  # what is far from an alarm needs no finer p-value (Besag and Clifford 1991)
-            statistic, p = windows.compare_windows(reference, window, windows.PERMUTATIONS, seed, told)
+        statistic, p = windows.judge_window(reference, window, level, seed, told)
         first, last = (date.fromordinal(int(day)).isoformat() for day in (days.min(), days.max()))
         known = streams.window.get("p", 1.0) <= streams.window.get("level", 0.0)
         streams.window = {

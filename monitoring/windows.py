@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from registry.surveillance import Surveillance
 
-PERMUTATIONS = 999
-"""At level .001 and above these resolve a p-value."""
+FEW, PERMUTATIONS = 99, 1999
+"""Of the first look at a window, and of the second; those resolve a p-value at level .0005 and above."""
 
 
 def level(surveillance: Surveillance, days: float) -> float:
@@ -25,11 +25,21 @@ def level(surveillance: Surveillance, days: float) -> float:
 
     Returns:
         Alpha, a p-value up to which is an alarm; never below 1 / (PERMUTATIONS + 1), the least that there is,
-        so windows that span less than budget_days / window_share / 1000 spend more than their share; never
+        so windows that span less than task_days / window_share / 2000 spend more than their share; never
         above a half.
     """
-    asked = surveillance.window_share * days / surveillance.budget_days
+    asked = surveillance.window_share * days / surveillance.task_days
     return min(0.5, max(asked, 1 / (PERMUTATIONS + 1)))
+
+
+def judge_window(
+    reference: NDArray[Any], window: NDArray[Any], level: float, seed: int, days: NDArray[Any] | None = None
+) -> tuple[float, float]:
+    """`compare_windows`; what is far from the level needs no fine p-value (Besag and Clifford 1991)."""
+    statistic, p = compare_windows(reference, window, FEW, seed, days)
+    if p <= 0.1 + 2 * level:
+        statistic, p = compare_windows(reference, window, PERMUTATIONS, seed, days)
+    return statistic, p
 
 
 def compare_windows(
@@ -49,7 +59,7 @@ def compare_windows(
     Args:
         reference: (n, d), one row a subject.
         window: (m, d), one row a subject.
-        permutations: 999 tell p-values from .001 up.
+        permutations: 1999 tell p-values from .0005 up.
         seed: of the permutations.
         days: the day of each row of the window, (m,), where days may differ from each other; or of each row
             of both, (n + m,), where the reference is of few days too.

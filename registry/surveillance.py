@@ -12,7 +12,8 @@ class Surveillance(Section):
     """A policy's `surveillance`.
 
     Attributes:
-        budget_days: one false alarm of a task at a site in so many days, for streams and windows together.
+        budget_days: one false alarm at a site in so many days, for all tasks, streams and windows together.
+        tasks: at a site, each of which spends an equal part of its budget.
         unit: `subject` only where the days of a site do not differ from each other.
         per_day: subjects a day that `unit: subject` reckons with; more of them alarm more often.
         allowance: of the charts, in standard deviations of a value; half the shift that is looked for.
@@ -26,6 +27,7 @@ class Surveillance(Section):
     """
 
     budget_days: float = Field(default=180, gt=0)
+    tasks: int = Field(default=1, ge=1)
     unit: Unit = Unit.DAY
     per_day: float = Field(default=20, gt=0)
     allowance: float = Field(default=0.5, gt=0, le=2)
@@ -36,3 +38,8 @@ class Surveillance(Section):
     contain: Containment = Containment.NOTIFY
     parts: tuple[Part, ...] = tuple(Part)
     weights: dict[Part, float] = Field(default_factory=lambda: dict.fromkeys(Part, 1.0))
+
+    @property
+    def task_days(self) -> float:
+        """One false alarm of this task at a site in so many days."""
+        return self.budget_days * self.tasks

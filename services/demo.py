@@ -24,9 +24,6 @@ AUTHOR, APPROVER, MONITOR = "author@demo", "approver@demo", "monitor"
 SUBJECTS, CHANGE_AT = 200, 100
 
 
-Verdicts = dict[tuple[str, str], Any]
-
-
 class Demo:
     """One run of the demo.
 

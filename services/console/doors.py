@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
@@ -117,39 +118,28 @@ class Doors:
         self._pages = ThreadPoolExecutor(1, thread_name_prefix="console")
         self._images = ThreadPoolExecutor(IMAGES, thread_name_prefix="console-images")
 
-    def page(self, get: Page, post: Page | None = None, image: bool = False) -> Any:
+    def page(self, get: Page, post: Page | None = None, image: bool = False, login: bool = False) -> Any:
         """An endpoint behind the login; `get` shows, `post` changes and is shown by `get` where it fails.
 
         Args:
             get: makes the answer.
             post: does what a form asks for.
             image: the answer waits for other threads, an engine's say: pages do not wait for it.
+            login: it is the login itself: nobody has a session, but no other page may send its form.
         """
         pool = self._images if image else self._pages
 
         async def answer(request: Request) -> Response:
             visit = Visit(request)
             try:
-                await self._wait(self._pages, self._admit, visit)
+                if not login:
+                    await self._wait(self._pages, self._admit, visit)
                 if request.method == "POST" and post:
                     await read_form(visit)
-                    check_form(visit, self._sessions.stamp(visit.whose))
-                return finish(await self._wait(pool, self._run, visit, get, post))
-            except FormularyError as error:
-                return finish(await self._tell(visit, error))
-
-        return answer
-
-    def open(self, get: Page, post: Page) -> Any:
-        """The endpoint of the login: no session, but nothing that another page sends."""
-
-        async def answer(request: Request) -> Response:
-            visit = Visit(request)
-            try:
-                if request.method == "POST":
-                    await read_form(visit)
                     check_origin(request)
-                return finish(await self._wait(self._pages, self._run, visit, get, post))
+                    if not login:
+                        check_stamp(visit, self._sessions.stamp(visit.whose))
+                return finish(await self._wait(pool, self._run, visit, get, post))
             except FormularyError as error:
                 return finish(await self._tell(visit, error))
 
@@ -222,15 +212,12 @@ async def read_form(visit: Visit) -> None:
     visit.form = {name: values[-1].strip() for name, values in told.items()}
 
 
-def check_form(visit: Visit, stamp: str) -> None:
+def check_stamp(visit: Visit, stamp: str) -> None:
     """Hold a form to the session that it was made for.
 
     Raises:
-        Forbidden: it was sent by another page, or is another session's.
+        Forbidden: it is another session's.
     """
-    from hmac import compare_digest
-
-    check_origin(visit.request)
     if not compare_digest(visit.form.get("stamp", "").encode(), stamp.encode()):
         raise Forbidden("This form was not made for this session.", "Open the page again.")
 

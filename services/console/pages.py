@@ -81,7 +81,7 @@ class Console:
         return [
             Route(HOME, page(self.formulary), methods=["GET"]),
             Route(f"{HOME}/", lambda _: RedirectResponse(HOME), methods=["GET"]),
-            Route(f"{HOME}/login", self._doors.open(self.login, self.enter), methods=both),
+            Route(f"{HOME}/login", page(self.login, self.enter, login=True), methods=both),
             Route(f"{HOME}/logout", page(self.formulary, self.leave), methods=["POST"]),
             Route(f"{HOME}/static/{{name}}", static, methods=["GET"]),
             Route(version, page(self.version), methods=["GET"]),

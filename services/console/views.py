@@ -191,9 +191,7 @@ class Books:
         """
         row: dict[str, Any] | None = self.journal.find(number)
         if row is None:
-            raise UnknownPrediction(
-                f"There is no prediction {number[:40]}.", "Open one from its site's page."
-            )
+            raise UnknownPrediction(f"There is no prediction {number[:40]}.", "Open one on its site's page.")
         return row
 
     def case(self, number: str) -> dict[str, Any]:
@@ -225,11 +223,8 @@ class Books:
             looked, counted, newest = connection.execute(query).one()
         if looked is None:
             return "The monitor has not looked yet."
-        left = (
-            f"{newest - counted} answers are still to count"
-            if newest > counted
-            else "it counted every answer"
-        )
+        waiting = newest - counted
+        left = f"{waiting} answers are still to count" if waiting > 0 else "it counted every answer"
         return f"The monitor looked last at {datetime.fromtimestamp(looked, UTC):%Y-%m-%d %H:%M} UTC; {left}."
 
     def queue(self) -> list[Event]:

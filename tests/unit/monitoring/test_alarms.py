@@ -135,6 +135,13 @@ def test_daily_means_keep_the_budget_where_days_differ_and_values_of_subjects_do
     assert counts[Unit.SUBJECT] > 2.5 * expected
 
 
+def test_all_tasks_of_a_site_together_keep_its_budget():
+    rng, asked = np.random.default_rng(5), Surveillance(budget_days=20, tasks=3, window_share=0.25)
+    counts = [len(find_crossings(rng.normal(size=(20, 360, 2, 4)), asked, 4, seed)) for seed in range(3)]
+    expected = 20 * 360 * 0.75 / 20
+    assert poisson.ppf(0.001, 0.88 * expected) <= sum(counts) <= poisson.ppf(0.999, expected)
+
+
 def test_a_change_is_told_with_its_site_row_and_column_and_with_the_window_that_holds_it():
     rng, asked = np.random.default_rng(4), Surveillance(unit=Unit.SUBJECT, per_day=20, window=100)
     values = rng.normal(size=(3, 20, 20, 5))

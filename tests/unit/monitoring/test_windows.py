@@ -107,5 +107,6 @@ def test_it_is_the_same_in_every_run_and_tells_nothing_of_a_column_that_never_di
 def test_the_level_spends_the_share_of_the_budget():
     asked = Surveillance(budget_days=180, window_share=0.25)
     assert level(asked, 14) == pytest.approx(14 * 0.25 / 180)
+    assert level(asked.model_copy(update={"tasks": 4}), 14) == pytest.approx(14 * 0.25 / 720)
     assert level(asked, 0.1) == 1 / (PERMUTATIONS + 1)
     assert level(asked, 10_000) == 0.5

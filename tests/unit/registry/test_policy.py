@@ -123,6 +123,7 @@ def test_the_shipped_policies_read_as_sentences_and_follow_the_schema(task):
     jsonschema.Draft202012Validator.check_schema(policy_schema())
     jsonschema.validate(yaml.safe_load(text), policy_schema())
     assert digest_policy(task).startswith("sha256:")
+    assert policy.surveillance.tasks == len(SHIPPED)  # each spends an equal part of a site's budget
 
 
 def test_an_editor_with_the_schema_sees_a_misspelt_key_and_metric():
