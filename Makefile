@@ -15,7 +15,7 @@ repro: .venv/ready ; dvc repro
 study: .venv/ready ; dvc repro training/pipelines/study/dvc.yaml
 bench: .venv/bench
 	mkdir -p build/bench
-	for one in serving overload volumes trial training monitoring ledger gate_drift test_set_budget alarms estimation; do \
+	for one in serving overload volumes trial training monitoring console ledger gate_drift test_set_budget alarms estimation; do \
 		python benchmarks/$$one.py $(ARGS) --json build/bench/$$one.json || exit 1; done
 soak: .venv/dev ; FORMULARY_SOAK=1 python -m pytest -q tests/faults tests/data/test_importing.py tests/unit/imaging
 docs: .venv/dev ; mkdocs build --strict --site-dir site

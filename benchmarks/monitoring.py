@@ -51,20 +51,30 @@ PLACES: list[Place] = [(task, f"site-{site:02d}", version, f"sha256:{version}")
                        for task in TASKS for version in range(1, VERSIONS + 1)]  # fmt: skip
 
 
-def write_day(records: Records, day: int, rng: np.random.Generator, places: list[Place] = PLACES) -> int:
-    """A day of every place, in one transaction; how many rows."""
-    rows = list(_draw(day, rng, places))
+def write_day(
+    records: Records,
+    day: int,
+    rng: np.random.Generator,
+    places: list[Place] = PLACES,
+    noisy: Place | None = None,
+) -> int:
+    """A day of every place, at one of them with more noise, in one transaction; how many rows."""
+    rows = list(_draw(day, rng, places, noisy))
     with writing(records.engine).begin() as connection:
         connection.execute(INSERT, rows)
     return len(rows)
 
 
-def _draw(day: int, rng: np.random.Generator, places: list[Place]) -> Iterator[dict[str, Any]]:
+def _draw(
+    day: int, rng: np.random.Generator, places: list[Place], noisy: Place | None
+) -> Iterator[dict[str, Any]]:
     at = f"{(START + timedelta(days=day)).isoformat()}T12:00:00.000+00:00"
     for _ in range(PER_DAY):
-        for task, site, version, package in places:
+        for place in places:
+            task, site, version, package = place
             values = dict(zip(NAMES, rng.normal(size=len(NAMES)).round(4).tolist(), strict=True))
             values["probability"] = round(float(rng.beta(0.5, 0.5)), 4)
+            values["noise"] += 2 * (place == noisy)
             key = rng.bytes(32).hex()
             yield {"id": key, "at": at, "task": task, "site": site, "version": version, "package": package,
                    "columns": json.dumps(values), "stages": STAGES, "acquisition": MADE}  # fmt: skip

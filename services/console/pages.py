@@ -283,7 +283,8 @@ def warm() -> None:
     """Import what the first pages need, while somebody reads the login: once, beside it."""
 
     def load() -> None:
-        import pyarrow.parquet  # noqa: F401
+        import pyarrow.dataset  # noqa: F401
+        import scipy.special  # noqa: F401
 
         open_templates().get_template("site.html")
 
