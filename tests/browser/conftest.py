@@ -104,7 +104,7 @@ def open_page(browser, gateway):
 
     def make(**settings):
         context = browser.new_context(base_url=f"http://127.0.0.1:{gateway.port}", **settings)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(30_000)
         page = context.new_page()
         page.on(
             "console", lambda told: wrong.append(told.text) if told.type in ("error", "warning") else None

@@ -79,7 +79,7 @@ def test_a_writer_waits_two_seconds_for_another_one_and_is_told(ledger, var):
         begun = time.monotonic()
         with pytest.raises(Conflict, match=r"another writer has held it.*Nothing was changed; try again"):
             append(ledger, "service", "too late")
-        assert 1.8 < time.monotonic() - begun < 3
+        assert 1.8 < time.monotonic() - begun < 10
         assert verify(ledger) == 2
     append(ledger, "service", "the other one was killed")
     assert verify(ledger) == 3

@@ -327,7 +327,7 @@ def test_a_number_of_days_that_makes_no_sense_is_refused(places, days):
         read_sites(places)
 
 
-def wait(condition, seconds=10):
+def wait(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
