@@ -52,8 +52,8 @@ def export_statistics(task: str, version: int, out: Path, site: str, locked: boo
 
     places = read_places()
     told = export(places, open_ledger(places.var), (task, version, site), out, locked)
-    withheld = f"; withheld for small cells: {', '.join(told.withheld)}" if told.withheld else ""
-    click.echo(f"{out} has the {told.source} cases of {site}{withheld}.")
+    withheld = "; ".join(f"{name} withheld: {why}" for name, why in told.withheld.items())
+    click.echo(f"{out} has the {told.source} cases of {site}. {withheld}".strip())
 
 
 @click.command()

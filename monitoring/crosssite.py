@@ -6,7 +6,7 @@ give, where no sum was withheld.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from imaging.errors import DataError
-from monitoring.sums import BINS, MEANS, SHARES, Bin, Moments, Statistics
+from monitoring.sums import BINS, FEW_ERRORS, FEW_RIGHT, MEANS, SHARES, Bin, Moments, Statistics
 
 TEMPLATE = Path(__file__).parent / "templates" / "crosssite.html"
 ENOUGH_SITES = 10  # fewer: the interval for the next site is indicative
 LEAST_SITES = 3  # a prediction interval has two degrees of freedom less than there are sites
 CONFIDENCE = 0.95
+MOST_ABSENT = 0.2  # of sites or of cases: more that withhold a metric for how they are answered bias it
+BIASED = {FEW_ERRORS: "worse", FEW_RIGHT: "better"}  # how the others then look
+PASSED_ON = "So do all as one, each left out and the next site."
 SAME = ("task", "version", "package", "source")
 FIX = "Ask every site to export the same version: `formulary monitoring export-statistics`."
 
@@ -34,7 +37,8 @@ def build_card(told: list[Statistics]) -> dict[str, Any]:
         task, version, package, source, simulated, threshold (None where sites differ); `sites`, `pooled` and
         `left_out` (site -> all others): metric -> {estimate, low, high, subjects, cases, sites, exact}, and
         bins, of a site its line; `worst`: metric -> the site furthest below the pooled value, and how far;
-        `next_site`: metric -> mean, spread and prediction interval; `missing`: what was withheld or rounded.
+        `next_site`: metric -> mean, spread and prediction interval; `absent`: as `find_absent`; `missing`:
+        what was withheld or rounded.
 
     Raises:
         DataError: there is none, two are of one site, or they are not of one package, version and source.
@@ -43,7 +47,7 @@ def build_card(told: list[Statistics]) -> dict[str, Any]:
     by_site = {one.site: one for one in sorted(told, key=lambda one: one.site)}
     thresholds = {one.threshold for one in told}
     sites = {site: _describe_site(one) for site, one in by_site.items()}
-    pooled = _pool(list(by_site.values()))
+    pooled, absent = _pool(list(by_site.values())), find_absent(list(by_site.values()))
     first = told[0]
     return {
         **{name: getattr(first, name) for name in SAME},
@@ -57,9 +61,38 @@ def build_card(told: list[Statistics]) -> dict[str, Any]:
         "worst": {name: _find_worst(name, sites, pooled) for name in SHARES
                   if sum(name in told for told in sites.values()) > 1},
         "next_site": {name: foresee([one for site in sites.values() if (one := site.get(name))])
-                      for name in SHARES},
-        "missing": [sentence for one in by_site.values() for sentence in _tell_missing(one)],
+                      if name in pooled else None for name in SHARES},
+        "absent": absent,
+        "missing": [*(one["sentence"] for one in absent.values()),
+                    *chain(*map(_tell_missing, by_site.values()))],
     }  # fmt: skip
+
+
+def find_absent(told: list[Statistics]) -> dict[str, Any]:
+    """Metrics that sites withhold for few errors or few right answers: the others are a biased choice.
+
+    Args:
+        told: of each site.
+
+    Returns:
+        Share or bins -> sites, cases of both classes, too_many (so nothing is pooled or foreseen), sentence.
+    """
+    found = {}
+    for name in (*SHARES, "bins"):
+        if not (absent := [one for one in told if one.withheld.get(name) in BIASED]):
+            continue
+        every = [*absent, *(one for one in told if getattr(one, name))]
+        cases, of = (sum(one.count_cases() for one in some) for some in (absent, every))
+        too_many = len(absent) > MOST_ABSENT * len(every) or cases > MOST_ABSENT * of
+        causes = {why: BIASED[why] for why in sorted({one.withheld[name] for one in absent})}
+        sentence = (
+            f"{name.capitalize()}: {len(absent)} of {len(every)} sites ({cases} of {of} cases) are left out "
+            f"for {' or '.join(causes)}; the others look {' or '.join(causes.values())} than all would. "
+            + ("More than a fifth: nothing is pooled or foreseen." if too_many else PASSED_ON)
+        )
+        found[name] = {"sites": [one.site for one in absent], "cases": cases, "too_many": too_many,
+                       "sentence": sentence}  # fmt: skip
+    return found
 
 
 def measure_share(parts: list[Moments]) -> dict[str, Any]:
@@ -107,6 +140,8 @@ def foresee(sites: list[dict[str, Any]]) -> dict[str, Any] | None:
 def combine(effects: Any, variances: Any) -> dict[str, Any]:
     """DerSimonian and Laird with Hartung and Knapp, and a prediction interval with t of two degrees less.
 
+    Where effects agree, Hartung and Knapp's variance can be less than sampling alone gives: the wider counts.
+
     Args:
         effects: of each study, on a scale where they are normal, shape (k,), k at least 3.
         variances: of each, shape (k,).
@@ -117,12 +152,14 @@ def combine(effects: Any, variances: Any) -> dict[str, Any]:
     from scipy.stats import t
     from statsmodels.stats.meta_analysis import combine_effects
 
-    found = combine_effects(effects, variances, method_re="chi2", use_t=True)
-    middle, spread = float(found.mean_effect_re), float(found.sd_eff_w_re_hksj)
-    count, tail = len(effects), (1 + CONFIDENCE) / 2
-    near = t.ppf(tail, count - 1) * spread
-    far = t.ppf(tail, count - 2) * (max(0.0, float(found.tau2)) + spread**2) ** 0.5
-    return {"tau2": max(0.0, float(found.tau2)), "mean": [middle, middle - near, middle + near],
+    with np.errstate(all="ignore"):  # it does not cut tau2 at 0, so weights of random effects may be negative
+        found = combine_effects(effects, variances, method_re="chi2", use_t=True)
+    kind, between = ("re", float(found.tau2)) if found.tau2 > 0 else ("fe", 0.0)
+    middle = float(getattr(found, f"mean_effect_{kind}"))
+    spread = max(float(getattr(found, f"{name}_{kind}")) for name in ("var_hksj", "var_eff_w"))
+    near, far = (float(t.ppf((1 + CONFIDENCE) / 2, len(effects) - less) * variance**0.5)
+                 for less, variance in ((1, spread), (2, between + spread)))  # fmt: skip
+    return {"tau2": between, "mean": [middle, middle - near, middle + near],
             "next": [middle - far, middle + far]}  # fmt: skip
 
 
@@ -153,7 +190,7 @@ def _tell_missing(told: Statistics) -> list[str]:
     rounded = [name for name in (*SHARES, *MEANS) if (one := getattr(told, name)) and one.rounded is not None]
     wide = [one for one in told.bins or () if one.high - one.low > 1 / BINS + 1e-9]
     sentences = {
-        f"withheld {', '.join(told.withheld)}: a cell of it has fewer than ten": told.withheld,
+        f"withheld {', '.join(f'{name} ({why})' for name, why in told.withheld.items())}": told.withheld,
         f"rounded the sums of squares of {', '.join(rounded)}: its interval is wider": rounded,
         "joined tenths of the probability that have fewer than ten of a class": wide,
     }
@@ -178,9 +215,10 @@ def _measure(told: list[Statistics]) -> dict[str, Any]:
 
 
 def _pool(told: list[Statistics]) -> dict[str, Any]:
-    """All sites as one; subjects of two sites are two subjects."""
-    bins = _pool_bins([one.bins for one in told if one.bins])
-    return {**_measure(told), "bins": [_show_bin(one) for one in bins]}
+    """All sites as one, but for what too many withhold; subjects of two sites are two subjects."""
+    bins, absent = _pool_bins([one.bins for one in told if one.bins]), find_absent(told)
+    found = {**_measure(told), "bins": [_show_bin(one) for one in bins]}
+    return {name: one for name, one in found.items() if name not in absent or not absent[name]["too_many"]}
 
 
 def _pool_bins(tables: list[tuple[Bin, ...]]) -> list[Bin]:
@@ -205,7 +243,8 @@ def _show_bin(one: Bin) -> dict[str, Any]:
 def _find_worst(name: str, sites: dict[str, Any], pooled: dict[str, Any]) -> dict[str, Any]:
     there = {site: told[name]["estimate"] for site, told in sites.items() if name in told}
     worst, best = min(there, key=lambda one: there[one]), max(there, key=lambda one: there[one])
-    return {"site": worst, "estimate": there[worst], "below_pooled": pooled[name]["estimate"] - there[worst],
+    below = pooled[name]["estimate"] - there[worst] if name in pooled else None
+    return {"site": worst, "estimate": there[worst], "below_pooled": below,
             "best": best, "below_best": there[best] - there[worst]}  # fmt: skip
 
 

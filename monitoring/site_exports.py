@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from imaging.vocabulary import Statement
 from monitoring.labels import read_labels
 from monitoring.realised import make_labelled
 from monitoring.records import open_records
-from monitoring.sums import LEAST, Statistics, read_statistics, sum_up, write_statistics
+from monitoring.sums import LEAST, MEANS, SHARES, Statistics, read_statistics, sum_up, write_statistics
 from registry.evidence import verify_package
 from registry.ledger import Ledger
 from registry.package import Contract, read_contract, shelf
@@ -48,11 +48,8 @@ def export_statistics(
     digest, _ = ledger.version(task, version)
     evidence = verify_package(shelf(places.var, digest), ledger)
     contract = read_contract(shelf(places.var, digest))
-    threshold, columns = (
-        _read_locked(evidence.body(Statement.EVALUATION), contract, site)
-        if locked
-        else _read_live(places.var, asked, contract)
-    )
+    threshold, columns = (_read_locked(evidence.body(Statement.EVALUATION), contract, site) if locked
+                          else _read_live(places.var, asked, contract))  # fmt: skip
     if not len(columns[0]):
         raise DataError(f"{site} has no labelled case of {task} v{version}.", "Send labels first.")
     told = Statistics(
@@ -70,12 +67,16 @@ def export_statistics(
 
 
 def _read_live(var: Path, asked: tuple[str, int, str], contract: Contract) -> tuple[float | None, Columns]:
-    """The operating point, None where it changed, and columns of the labelled answers."""
+    """The operating point, None where it changed, and columns of the labelled answers.
+
+    Probabilities are those that were answered, on the scale of the threshold: after a site's recalibration.
+    """
     task, version, site = asked
-    rows = read_labels(open_records(var), task, site, version)
-    own = {row.get("threshold", contract.threshold) for row in rows if not row.get("abstained")}
+    rows = [row for row in read_labels(open_records(var), task, site, version) if not row.get("abstained")]
+    own = {row.get("threshold", contract.threshold) for row in rows}
     told = make_labelled(rows, contract.threshold)
-    columns = told.scores, told.positive, told.truth, told.people
+    answered = np.array([row["probability"] for row in rows], dtype=float)
+    columns = answered, told.positive, told.truth, told.people
     return float(own.pop()) if len(own) == 1 else None, columns
 
 
@@ -89,10 +90,17 @@ def _read_locked(body: dict[str, Any], contract: Contract, site: str) -> tuple[f
 
 
 def hold_to(before: Statistics, told: Statistics, kept: Path) -> None:
-    """Refuse a file whose counts differ from the last one's by under ten."""
+    """Refuse a file that differs from the last one by under ten cases, or that has as many and others."""
     if before.package != told.package:
         return
-    near = [name for name, old, new in _pair_counts(before, told) if 0 < abs(new - old) < LEAST]
+    old, new = _count(before), _count(told)
+    near = [name for name in old if name in new and 0 < abs(new[name] - old[name]) < LEAST]
+    nested = ((part, span) for part, span in product(_span(before), _span(told))
+              if span[0] <= part[0] and part[1] <= span[1])  # fmt: skip
+    if any(0 < abs(more - few) < LEAST for pair in nested for few, more in list(zip(*pair, strict=True))[2:]):
+        near.append("bins")
+    if not near and old == new and told != before.model_copy(update={"at": told.at}):
+        near.append("sums of as many cases")
     if near:
         raise DataError(
             f"Beside the last file this one would tell of fewer than ten cases: {', '.join(near)} changed.",
@@ -100,14 +108,22 @@ def hold_to(before: Statistics, told: Statistics, kept: Path) -> None:
         )
 
 
-def _pair_counts(before: Statistics, told: Statistics) -> Iterator[tuple[str, float, float]]:
-    for name in ("accuracy", "sensitivity", "specificity"):
-        old, new = getattr(before, name), getattr(told, name)
-        if old and new:
-            yield f"cases of {name}", old.cases, new.cases
-            yield f"hits of {name}", old.hits, new.hits
-            yield f"misses of {name}", old.cases - old.hits, new.cases - new.hits
-    if before.bins and told.bins and [one.high for one in before.bins] == [one.high for one in told.bins]:
-        for old, new in zip(before.bins, told.bins, strict=True):
-            yield f"images up to {old.high:g}", old.count, new.count
-            yield f"positives up to {old.high:g}", old.positives, new.positives
+def _count(told: Statistics) -> dict[str, float]:
+    """Every count that a file gives away, bins aside."""
+    counts: dict[str, float] = {}
+    for name in (*SHARES, *MEANS):
+        if one := getattr(told, name):
+            counts |= {f"cases of {name}": one.cases, f"subjects of {name}": one.subjects}
+            if name in SHARES:
+                counts |= {f"hits of {name}": one.hits, f"misses of {name}": one.cases - one.hits}
+            if told.brier:
+                counts[f"cases beside {name}"] = told.brier.cases - one.cases
+    return counts
+
+
+def _span(told: Statistics) -> list[tuple[float, ...]]:
+    """Of any neighbouring bins both ends, images, positives and negatives: edges move between files."""
+    bins = told.bins or ()
+    parts = (bins[low:high] for low, high in combinations(range(len(bins) + 1), 2))
+    return [(part[0].low, part[-1].high, sum(one.count for one in part), sum(one.positives for one in part),
+             sum(one.count - one.positives for one in part)) for part in parts]  # fmt: skip

@@ -21,10 +21,12 @@ BINS = 10
 STEP = 0.5  # to which a design effect is rounded up, where its exact value would tell too much
 SHARES = ("accuracy", "sensitivity", "specificity")
 MEANS = ("brier", "in_the_large")
+FEW_CASES = "too few cases"  # whatever their answers: to leave them out biases nothing
+FEW_ERRORS, FEW_RIGHT = "fewer than ten errors", "fewer than ten right answers"
 Column = NDArray[Any]
 
 
-class Moments(Section):
+class Moments(Section, allow_inf_nan=False):
     """Sums over the subjects of a site, enough for a ratio of sums and its interval by subject.
 
     Attributes:
@@ -50,6 +52,8 @@ class Moments(Section):
     def _says_how_it_scatters(self) -> Self:
         if (self.rounded is None) == (None in (self.hits2, self.both, self.cases2)):
             raise ValueError("sums of squares are incomplete")
+        if abs(self.hits) > self.cases:
+            raise ValueError("there are more hits than cases")
         return self
 
     def scatter(self, middle: float) -> float:
@@ -60,7 +64,7 @@ class Moments(Section):
         return max(0.0, told)
 
 
-class Bin(Section):
+class Bin(Section, allow_inf_nan=False):
     """Images whose probability lies from `low` to `high`: how many, sum of probabilities, positives."""
 
     low: float
@@ -70,15 +74,15 @@ class Bin(Section):
     positives: int = Field(ge=0)
 
 
-class Line(Section):
+class Line(Section, allow_inf_nan=False):
     """Calibration slope and intercept, each [estimate, low, high], as the site found them on its rows."""
 
     slope: tuple[float, float, float]
     intercept: tuple[float, float, float]
 
 
-class Statistics(Section):
-    """The file. What is None was withheld; `withheld` names it.
+class Statistics(Section, allow_inf_nan=False):
+    """The file. What is None was withheld; `withheld` says why.
 
     Attributes:
         format: version of this file's form.
@@ -106,7 +110,11 @@ class Statistics(Section):
     in_the_large: Moments | None = None
     bins: tuple[Bin, ...] | None = None
     line: Line | None = None
-    withheld: tuple[str, ...] = ()
+    withheld: dict[str, str] = Field(default_factory=dict)
+
+    def count_cases(self) -> int:
+        """Images that the file tells of; 0 where it withholds everything."""
+        return max((one.cases for name in (*SHARES, *MEANS) if (one := getattr(self, name))), default=0)
 
 
 def sum_up(
@@ -129,14 +137,16 @@ def sum_up(
         "accuracy": (right, every), "sensitivity": (right & ill, ill), "specificity": (right & ~ill, ~ill),
         "brier": ((scores - truth) ** 2, every), "in_the_large": (truth - scores, every),
     }  # fmt: skip
-    allowed = _allow(right, ill, people)
+    small = {name: _find_small(right[of], people[of])
+             for name, of in (("accuracy", every), ("sensitivity", ill), ("specificity", ~ill))}  # fmt: skip
+    allowed = _allow(small, ill, people)
     told: dict[str, Any] = {name: add_moments(*cases[name], people) for name in cases if name in allowed}
     if "line" in allowed and threshold is not None and (positive == (scores >= threshold)).all():
         told["bins"] = list_bins(scores, truth, people, threshold)
     if "line" in allowed and (line := calibration_line(truth, scores, people)):
         slope, intercept = ((one.estimate, one.low, one.high) for one in line)
         told["line"] = Line(slope=slope, intercept=intercept)
-    return {**told, "withheld": tuple(name for name in (*cases, "bins", "line") if name not in told)}
+    return {**told, "withheld": {name: why for name, why in _explain(small).items() if name not in told}}
 
 
 def add_moments(hits: Column, cases: Column, people: Column) -> Moments:
@@ -147,13 +157,8 @@ def add_moments(hits: Column, cases: Column, people: Column) -> Moments:
     is_share = bool((own % 1 == 0).all())
     told = Moments(hits=float(own.sum()), cases=int(of.sum()), subjects=len(of), rounded=0.0)
     if _may_tell(own if is_share else of, of, is_share):
-        squares = {
-            "hits2": (own**2).sum(),
-            "both": (own * of).sum(),
-            "cases2": (of**2).sum(),
-            "rounded": None,
-        }
-        return told.model_copy(update=squares)
+        squares = {"hits2": (own**2).sum(), "both": (own * of).sum(), "cases2": (of**2).sum()}
+        return told.model_copy(update={**squares, "rounded": None})
     share = told.hits / told.cases
     scatter = float(((own - share * of) ** 2).sum())
     if is_share and 0 < share < 1:
@@ -207,20 +212,33 @@ def read_statistics(path: Path) -> Statistics:
                         "Export it again: `formulary monitoring export-statistics`.") from error  # fmt: skip
 
 
-def _allow(right: Column, ill: Column, people: Column) -> set[str]:
+def _find_small(right: Column, people: Column) -> str:
+    """What there is too little of; empty where there are enough right answers and enough errors."""
+    if len(right) < 2 * LEAST or len(np.unique(people)) < LEAST:
+        return FEW_CASES
+    return next((why for why, cell in ((FEW_ERRORS, ~right), (FEW_RIGHT, right))
+                 if not _is_enough(cell, people)), "")  # fmt: skip
+
+
+def _explain(small: dict[str, str]) -> dict[str, str]:
+    """Why each sum is withheld, if it is."""
+    classes = {small["sensitivity"], small["specificity"]} - {""}
+    either = FEW_CASES if FEW_CASES in classes else min(classes, default="")
+    return {**small, "accuracy": small["accuracy"] or either, **dict.fromkeys(MEANS, FEW_CASES),
+            "bins": either or "more than one threshold", "line": either or "no line fits"}  # fmt: skip
+
+
+def _allow(small: dict[str, str], ill: Column, people: Column) -> set[str]:
     """Which sums may leave, so that no count of under ten does, not even as the difference of two others."""
-    cells = {(is_right, is_ill): _is_enough((right == is_right) & (ill == is_ill), people)
-             for is_right in (True, False) for is_ill in (True, False)}  # fmt: skip
-    shown = {name for name, is_ill in (("sensitivity", True), ("specificity", False))
-             if cells[True, is_ill] and cells[False, is_ill]}  # fmt: skip
+    shown = {name for name in ("sensitivity", "specificity") if not small[name]}
     if len(shown) == 2:
         return {*shown, "accuracy", *MEANS, "line"}
     both = _is_enough(ill, people) and _is_enough(~ill, people)
-    if not shown and _is_enough(right, people) and _is_enough(~right, people):
+    if not shown and not small["accuracy"]:
         shown.add("accuracy")  # beside one of the other two it would betray the third
     if both:
         shown |= set(MEANS)
-    elif not shown & {"sensitivity", "specificity"} and _is_enough(right | ~right, people):
+    elif not shown & {"sensitivity", "specificity"} and _is_enough(ill | ~ill, people):
         shown.add("brier")  # it says how many images there are, and with one class's count the other's
     return shown
 

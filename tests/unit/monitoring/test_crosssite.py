@@ -35,6 +35,14 @@ def export(site, columns, **told):
     return Statistics(**{**KEPT, "site": site, **told}, **sum_up(*columns, told.get("threshold", 0.5)))
 
 
+def answer_so(right, ill, wrong, healthy):
+    """A site with so many right answers among its ill, and wrong ones among its healthy."""
+    rng, truth = np.random.default_rng(ill), np.repeat([1, 0], [ill, healthy])
+    positive = np.repeat([True, False, True, False], [right, ill - right, wrong, healthy - wrong])
+    scores = np.where(positive, rng.uniform(0.5, 1, len(truth)), rng.uniform(0, 0.5, len(truth)))
+    return scores, positive, truth, np.array([f"{ill}-{number}" for number in range(len(truth))])
+
+
 def join(columns):
     return tuple(np.concatenate(parts) for parts in zip(*columns, strict=True))
 
@@ -57,7 +65,7 @@ def measure_rows(scores, positive, truth, people):
 def test_it_equals_the_computation_on_rows_to_a_billionth_where_nothing_is_withheld():
     columns = {site: draw_site(number, 2500, images=2) for number, site in enumerate(SITES)}
     told = [export(site, own) for site, own in columns.items()]
-    assert all(one.withheld == () and one.accuracy.rounded is None for one in told)
+    assert all(not one.withheld and one.accuracy.rounded is None for one in told)
     card = build_card(told)
     assert card["missing"] == []
     for site in SITES:
@@ -114,7 +122,7 @@ def test_no_count_under_ten_leaves_a_site_not_even_as_a_difference(threshold):
         scores, _, truth, people = draw_site(seed, int(rng.integers(5, 250)), sharp=rng.uniform(0.5, 4))
         told = export("north", (scores, scores >= threshold, truth, people), threshold=threshold)
         assert all(count >= 10 for count in list_counts(told).values()), told
-        shown.add(told.withheld)
+        shown.add(tuple(told.withheld))
         if told.bins:  # the answers on one side of the threshold, less whole bins, leave whole bins
             assert threshold in {one.high for one in told.bins}
     assert len(shown) >= 3
@@ -136,15 +144,65 @@ def test_a_subjects_images_give_away_no_small_group_and_the_interval_is_only_wid
 
 def test_what_is_withheld_is_said_and_the_pooled_value_names_its_sites():
     small = draw_site(9, 60, sharp=4)
-    columns = {site: draw_site(number) for number, site in enumerate(SITES[:2])} | {"harbour": small}
+    columns = {site: draw_site(number) for number, site in enumerate(SITES)} | {"harbour": small}
     card = build_card([export(site, own) for site, own in columns.items()])
     assert "sensitivity" not in card["sites"]["harbour"]
-    assert card["pooled"]["sensitivity"]["sites"] == ["east", "north"]
+    assert card["pooled"]["sensitivity"]["sites"] == sorted(SITES)
     assert any(sentence.startswith("harbour withheld") for sentence in card["missing"])
     page = render_card(card)
     for words in ("Research use only", "Everything is drawn.", "harbour withheld", "withheld</td>"):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_good_sites_that_withhold_their_few_errors_are_told_and_above_a_fifth_nothing_is_pooled():
+    """Six of twelve have 91 % and six 89 %: the six that tell would make 89 % of 90."""
+    good, poor = (91, 100, 20, 200), (89, 100, 20, 200)
+    told = [export(f"s{n:02}", answer_so(*(good if n < 6 else poor))) for n in range(12)]
+    assert told[0].withheld["sensitivity"] == told[0].withheld["accuracy"] == "fewer than ten errors"
+    assert export("bad", answer_so(5, 100, 20, 200)).withheld["sensitivity"] == "fewer than ten right answers"
+    assert export("low", answer_so(12, 15, 20, 200)).withheld["sensitivity"] == "too few cases"
+    card = build_card(told)
+    assert card["absent"]["sensitivity"]["sites"] == [f"s{n:02}" for n in range(6)]
+    assert (card["absent"]["sensitivity"]["cases"], card["next_site"]["sensitivity"]) == (1800, None)
+    assert not {"sensitivity", "accuracy", "bins"} & set(card["pooled"])
+    assert card["worst"]["sensitivity"]["below_pooled"] is None
+    assert card["pooled"]["specificity"]["estimate"] == pytest.approx(0.9)
+    words = "6 of 12 sites (1800 of 3600 cases) are left out for fewer than ten errors; the others look worse"
+    assert words in card["missing"][1]
+    assert render_card(card).count(words) == 6  # of sensitivity, accuracy and bins, each above and beside
+    card = build_card(told[4:])  # a fourth of the sites
+    assert "sensitivity" not in card["pooled"]
+    card = build_card([*told[5:], *(export(f"t{n}", answer_so(*poor)) for n in range(3))])
+    assert card["pooled"]["sensitivity"]["estimate"] == pytest.approx(0.89)
+    assert card["next_site"]["sensitivity"]["sites"] == 9
+    assert "1 of 10 sites (300 of 3000 cases) are left out" in render_card(card)
+
+
+@pytest.mark.parametrize("sites", [3, 5, 10])
+def test_an_interval_for_the_next_site_holds_it_where_sites_are_equal(sites):
+    rng, true, inside = np.random.default_rng(sites), np.log(0.85 / 0.15), 0
+    for _ in range(400):
+        cases = rng.integers(100, 600, sites)
+        shares = rng.binomial(cases, 0.85) / cases
+        found = combine(np.log(shares / (1 - shares)), 1 / (cases * shares * (1 - shares)))
+        inside += found["next"][0] <= true <= found["next"][1]
+    assert inside / 400 >= 0.93
+
+
+def test_sites_that_agree_more_than_chance_would_have_it_give_a_card_without_nan(tmp_path):
+    paths = []
+    for right, ill in ((230, 275), (95, 114), (82, 98), (66, 77), (153, 175)):
+        paths.append(tmp_path / f"s{ill}.json")
+        write_statistics(export(f"s{ill}", answer_so(right, ill, 20, 200)), paths[-1])
+    told = CliRunner().invoke(command, [*map(str, paths), "--json"], catch_exceptions=False)
+    card = json.loads(told.output, parse_constant=pytest.fail)
+    assert card["next_site"]["sensitivity"]["mean"][0] == pytest.approx(626 / 739, abs=0.005)
+    body = json.loads(paths[0].read_text())
+    for hits in (float("nan"), 1e9):
+        paths[0].write_text(json.dumps(body | {"sensitivity": {**body["sensitivity"], "hits": hits}}))
+        with pytest.raises(DataError):
+            read_statistics(paths[0])
 
 
 def test_random_effects_are_those_of_the_published_example():
@@ -193,7 +251,25 @@ def test_a_file_that_differs_from_the_last_by_a_few_cases_is_refused(tmp_path):
                 hold_to(first, told, tmp_path)
         elif fits:
             hold_to(first, told, tmp_path)
-    hold_to(first, export("north", draw_site(1, 900)), tmp_path)
+    hold_to(first, export("north", draw_site(1, 4000)), tmp_path)
+
+
+def test_no_sum_betrays_what_came_since_the_last_file(tmp_path):
+    """One more case shows in the sums of all alone; a case more within other bins, and another truth, too."""
+    some = answer_so(45, 60, 4, 100)
+    first = export("north", some)
+    assert {name for name in (*SHARES, *MEANS) if getattr(first, name)} == {"sensitivity", *MEANS}
+    one = tuple(np.append(old, new) for old, new in zip(some, (0.8371, True, 0, "new"), strict=True))
+    swapped = (*some[:2], np.where(np.isin(np.arange(160), [0, 60]), 1 - some[2], some[2]), some[3])
+    for columns in (one, (some[0] ** 1.01, *some[1:]), swapped):
+        with pytest.raises(DataError, match="fewer than ten cases"):
+            hold_to(first, export("north", columns), tmp_path)
+    alone = export("north", draw_site(1, 3000)).model_copy(update=dict.fromkeys((*SHARES, *MEANS)))
+    left, right, *others = alone.bins
+    wide = {"low": 0.0, "count": left.count + right.count + 1, "positives": left.positives + right.positives}
+    with pytest.raises(DataError, match="bins"):
+        hold_to(alone, alone.model_copy(update={"bins": (right.model_copy(update=wide), *others)}), tmp_path)
+    hold_to(first, first.model_copy(update={"at": "later"}), tmp_path)
 
 
 def test_a_file_is_read_as_it_was_written_and_a_changed_one_is_refused(tmp_path):
