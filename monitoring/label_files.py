@@ -9,6 +9,7 @@ from typing import Any
 from imaging.errors import DataError, FormularyError, WrongLabel
 from imaging.vocabulary import Judged
 from monitoring.labels import Door, Judgement
+from monitoring.records import Assessment
 
 SHOWN = 50  # wrong rows that are named
 NEEDED, OPTIONAL = {"prediction", "truth"}, {"reader", "reason"}
@@ -24,21 +25,19 @@ def import_labels(door: Door, path: Path, site: str, dry_run: bool = False) -> t
     Raises:
         DataError: it is no such file, or some rows are wrong; each is named, and none is kept.
     """
-    rows = _read_rows(path)
-    told, wrong, seen = list[Judgement](), list[str](), dict[str, int]()
-    for number, row in enumerate(rows, 2):
+    told, wrong, seen = list[Assessment](), list[str](), dict[str, int]()
+    for number, row in enumerate(_read_rows(path), 2):
         try:
             one = _read_judgement(row)
             if seen.setdefault(one.prediction, number) != number:
                 raise WrongLabel(f"The prediction stands in line {seen[one.prediction]}, too.")
-            door.examine(site, one)
-            told.append(one)
+            told.append(door.examine(site, one))
         except FormularyError as error:
             wrong.append(f"line {number}: {error.fact}")
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise DataError(f"{len(wrong)} rows of {path.name} are wrong: {'; '.join(wrong[:SHOWN])}{more}", FIX)
-    return len(told), door.keep(site, told, dry_run)[1]
+    return len(told), door.write(told, dry_run)[1]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,7 @@ from imaging.config import Places
 from imaging.errors import UnknownPrediction, WrongLabel
 from imaging.vocabulary import Judged, Kind, Statement
 from monitoring.journal import Journal, pseudonym
-from monitoring.records import Assessment, Records, insert, make
-from registry.database import writing
+from monitoring.records import Assessment, Records, make
 from registry.evidence import find_cited, find_statement
 from registry.ledger import open_ledger
 from registry.package import Contract, read_contract, shelf
@@ -25,12 +26,24 @@ from registry.trials.rows import TrialRows, open_rows
 REASON, READER = 500, 256  # characters
 MOST, SHOWN = 100, 50  # assessments of an answer that are kept, and told
 SCORES = ("probability", "raw_probability", "threshold", "abstained")
-NEWEST = (
+NEWEST = (  # truths alone, and labels before what readers say: a click takes no label away
     "SELECT a.prediction, a.truth, a.verdict, a.reader, a.source, p.subject, p.at, p.columns FROM "
-    "assessments a JOIN predictions p ON p.id = a.prediction WHERE a.seq IN (SELECT MAX(seq) FROM "
-    "assessments WHERE task = :task AND site = :site AND version = :version GROUP BY prediction) AND "
-    "a.truth IS NOT NULL ORDER BY p.seq"
+    "assessments a JOIN predictions p ON p.id = a.prediction WHERE a.seq IN (SELECT COALESCE(MAX(CASE "
+    "verdict WHEN 'labelled' THEN seq END), MAX(seq)) FROM assessments WHERE task = :task AND site = :site "
+    "AND version = :version AND truth IS NOT NULL GROUP BY prediction) ORDER BY p.seq"
 )
+SAID = text(  # the newest that each reader said of an answer, his labels apart, and how often he spoke
+    "SELECT a.*, MAX(a.seq), COUNT(*) AS count FROM json_each(:ids) AS asked JOIN assessments a "
+    "ON a.prediction = asked.value GROUP BY a.prediction, a.reader, a.verdict = 'labelled'"
+)
+COLUMNS = [one.name for one in fields(Assessment) if one.name != "seq"]
+NAMES, SAME = ", ".join(COLUMNS), attrgetter(*(one for one in COLUMNS if one not in ("at", "source")))
+STAGE = (
+    "DROP TABLE IF EXISTS temp.staged", "CREATE TEMP TABLE staged AS SELECT * FROM assessments WHERE 0",
+    f"INSERT INTO temp.staged ({NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})",
+)  # fmt: skip
+INSERT = f"INSERT INTO assessments ({NAMES}) SELECT {NAMES} FROM temp.staged ORDER BY rowid"
+SINCE = text("SELECT prediction FROM assessments WHERE seq > :seen")
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,9 @@ def read_labels(records: Records, task: str, site: str, version: int) -> list[di
     """The answers of a version at a site whose truth is known, in the order of the answers.
 
     Returns:
-        Of each its newest judgement: prediction, subject, at (of the answer), truth, verdict, reader, source;
-        probability, and where the site has a profile raw_probability, threshold and abstained. An answer
-        without a single probability is left out.
+        Of each its newest label, else the newest judgement that has a truth: prediction, subject, at (of the
+        answer), truth, verdict, reader, source; probability, and where the site has a profile
+        raw_probability, threshold and abstained. An answer without a single probability is left out.
     """
     with records.engine.connect() as connection:
         found = connection.execute(text(NEWEST), {"task": task, "site": site, "version": version})
@@ -100,20 +113,41 @@ class Door:
 
         Raises:
             UnknownPrediction: the site has no such answer.
-            WrongLabel: the truth contradicts the verdict or cannot be known, the answer's image or subject
-                stands in a locked test set, the reason is too long, or the answer has 100 assessments.
+            WrongLabel: the truth contradicts the verdict, lacks or cannot be known, the answer's image or
+                subject stands in a locked test set, the reason is too long, or the answer has 100
+                assessments.
         """
-        rows = [self.examine(site, one) for one in told]
-        if dry_run:
+        return self.write([self.examine(site, one) for one in told], dry_run)
+
+    def write(self, rows: list[Assessment], dry_run: bool = False) -> tuple[list[Assessment], int]:
+        """As `keep`, of rows that `examine` made."""
+        last: int | None = None
+        while last is None:
             with self._records.engine.connect() as connection:
-                return _sort_out(connection, rows)
-        with writing(self._records.engine).begin() as connection:
-            kept, new = _sort_out(connection, rows)
-            _count(connection, kept[len(kept) - new :])
-            insert(connection, kept[len(kept) - new :])
-            kept = [_find_same(connection, row) or row for row in rows]
-        self._tell_trials({row.prediction: bool(row.truth) for row in rows if row.truth is not None})
-        return kept, new
+                told, seen = _sort_out(connection, rows)
+            new = sorted((row.prediction, place) for place, row in enumerate(told) if not row.seq)
+            last = 0 if dry_run or not new else self._insert([told[place] for _, place in new], seen)
+        if not dry_run:
+            for seq, (_, place) in enumerate(new, last - len(new) + 1):
+                told[place] = replace(told[place], seq=seq)
+            self._tell_trials({row.prediction: bool(row.truth) for row in rows if row.truth is not None})
+        return told, len(new)
+
+    def _insert(self, rows: list[Assessment], seen: int) -> int | None:
+        """The last row's number; None, and nothing is written, where somebody judged such an answer since.
+
+        Answers wait for the lock: rows are made ready before it, in the order of the index, which is faster.
+        """
+        values, asked = list(map(attrgetter(*COLUMNS), rows)), {row.prediction for row in rows}
+        with self._records.engine.connect() as connection:
+            for statement, told in zip(STAGE, (None, None, values), strict=True):
+                connection.exec_driver_sql(statement, told)
+            connection.commit()
+            with connection.execution_options(writing=True).begin():
+                if not asked.isdisjoint(connection.execute(SINCE, {"seen": seen}).scalars()):
+                    return None
+                connection.exec_driver_sql(INSERT)
+                return int(connection.exec_driver_sql("SELECT last_insert_rowid()").scalar_one())
 
     def examine(self, site: str, told: Judgement) -> Assessment:
         """The row that a judgement would become; as `keep`, without keeping it."""
@@ -219,8 +253,8 @@ def _find_truth(told: Judgement, columns: dict[str, Any], contract: Contract) ->
         return None
     if told.truth not in (0, 1, None):
         raise WrongLabel("The truth is neither 0 nor 1.", "1 is positive.")
-    if told.verdict is Judged.LABELLED and told.truth is None:
-        raise WrongLabel("A label has no truth.", "Say 0 or 1.")
+    if told.verdict in (Judged.LABELLED, Judged.CORRECTED) and told.truth is None:
+        raise WrongLabel(f"It was {told.verdict} without a truth.", "Say truth 1, positive, or 0, negative.")
     own = int(columns["probability"] >= columns.get("threshold", contract.threshold))
     found = {} if columns.get("abstained") else {Judged.ACCEPTED: own, Judged.REJECTED: 1 - own}
     implied = found.get(told.verdict)
@@ -233,27 +267,20 @@ def _find_truth(told: Judgement, columns: dict[str, Any], contract: Contract) ->
 
 
 def _sort_out(connection: Connection, rows: list[Assessment]) -> tuple[list[Assessment], int]:
-    """What was said before, then what is new; and how many are."""
-    before = [(row, _find_same(connection, row)) for row in rows]
-    new = [row for row, same in before if same is None]
-    return [*(same for _, same in before if same is not None), *new], len(new)
+    """What was said before instead of each row that says the same, and the newest row of all.
 
-
-def _count(connection: Connection, rows: list[Assessment]) -> None:
-    """Refuse more assessments of an answer than are kept."""
-    query = text("SELECT COUNT(*) FROM assessments WHERE prediction = :prediction")
-    for row in rows:
-        if connection.execute(query, {"prediction": row.prediction}).scalar_one() >= MOST:
-            raise WrongLabel(f"Prediction {row.prediction} has {MOST} assessments.", "It takes no more.")
-
-
-def _find_same(connection: Connection, row: Assessment) -> Assessment | None:
-    """The newest that this reader said of this answer, if it says the same."""
-    query = text("SELECT * FROM assessments WHERE prediction = :prediction AND reader = :reader AND "
-                 "(verdict = 'labelled') = :labelled ORDER BY seq DESC LIMIT 1")  # fmt: skip
-    asked = {"prediction": row.prediction, "reader": row.reader, "labelled": row.verdict == Judged.LABELLED}
-    found = connection.execute(query, asked).mappings().first()
-    if found is None:
-        return None
-    last = make(Assessment, dict(found))
-    return last if replace(last, seq=0, at=row.at, source=row.source) == row else None
+    Raises:
+        WrongLabel: an answer that something new is said of has as many assessments as are kept.
+    """
+    seen = connection.execute(text("SELECT COALESCE(MAX(seq), 0) FROM assessments")).scalar_one()
+    ids = json.dumps([*{row.prediction for row in rows}])
+    said, count = dict[Any, Assessment](), Counter[str]()
+    for one in connection.execute(SAID, {"ids": ids}).mappings():
+        last = make(Assessment, dict(one))
+        said[SAME(last)] = last
+        count[last.prediction] += one["count"]
+    told = [said.get(SAME(row), row) for row in rows]
+    full = next((row.prediction for row in told if not row.seq and count[row.prediction] >= MOST), None)
+    if full:
+        raise WrongLabel(f"Prediction {full} has {MOST} assessments.", "It takes no more.")
+    return told, seen

@@ -24,7 +24,8 @@ LAST_STAGE = "reference"
 COLUMNS = ("prediction", "at", "subject", "image", "truth")
 ROWS = (
     "SELECT p.id AS prediction, p.at, p.subject, p.image, (SELECT a.truth FROM assessments a WHERE "
-    "a.prediction = p.id AND a.truth IS NOT NULL ORDER BY a.seq DESC LIMIT 1) AS truth FROM predictions p "
+    "a.prediction = p.id AND a.truth IS NOT NULL ORDER BY a.verdict = 'labelled' DESC, a.seq DESC LIMIT 1) "
+    "AS truth FROM predictions p "
     "WHERE p.task = :task AND p.site = :site AND p.version = :version AND p.at >= :since ORDER BY p.seq"
 )
 

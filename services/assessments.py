@@ -35,7 +35,7 @@ class Said(Section):
     Attributes:
         verdict: accepted: the answer's finding is right; rejected: it is wrong; corrected: it is another one;
             labelled: the truth came from elsewhere.
-        truth: 1 positive, 0 negative; of an accepted or rejected answer it follows.
+        truth: 1 positive, 0 negative; of an accepted or rejected answer it follows, a mask has none.
         reason: in a sentence; nothing of the patient.
         reader: who says so; a pseudonym is kept.
     """
@@ -106,8 +106,9 @@ def describe_assessments(site: dict[str, Any]) -> dict[str, Any]:
     wrong = {
         "400": "no X-Site header, or a body that is no such object", "408": "the body did not arrive in time",
         "413": f"over {MOST_BYTES // 2**10} KiB",
-        "422": "a truth that contradicts the verdict, an image of a locked test set, or one over 100 "
-               "assessments of the answer", "429": "the site asks more often than its quota",
+        "422": "a truth that contradicts the verdict, or that a correction or label lacks; an image of a "
+               "locked test set; over 100 assessments of the answer",
+        "429": "the site asks more often than its quota",
     }  # fmt: skip
     parameters = [number, site]
     return {PATH: {

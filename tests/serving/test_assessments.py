@@ -109,6 +109,7 @@ def test_another_sites_answer_and_no_answer_look_the_same(gateway, answer):
     [('{"verdict": "accepted"', 400), ("[]", 400), ('{"verdict": "fine"}', 400), ("{}", 400),
      ('{"verdict": "corrected", "truth": 2}', 400), ('{"verdict": "corrected", "truth": true}', 400),
      ('{"verdict": "accepted", "site": "east"}', 400), ('{"verdict": "labelled"}', 422),
+     ('{"verdict": "corrected"}', 422),
      ('{"verdict": "accepted", "reason": "' + "x" * 501 + '"}', 400),
      ('{"verdict": "accepted", "reason": "' + "x" * 20_000 + '"}', 413)],
 )  # fmt: skip
@@ -129,7 +130,8 @@ def test_without_a_site_nobody_judges(gateway, answer):
 
 def test_a_mask_is_judged_without_a_truth(gateway):
     number = gateway.post("discs").json()["id"]
-    assert ask(gateway, number, {"verdict": "accepted"}).json()["truth"] is None
+    for verdict in ("accepted", "corrected"):
+        assert ask(gateway, number, {"verdict": verdict}).json()["truth"] is None
     assert ask(gateway, number, {"verdict": "corrected", "truth": 1}).status_code == 422
 
 

@@ -4,11 +4,14 @@ import json
 import uuid
 from functools import partial
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import event
 
 from imaging.errors import DataError, UnknownPrediction, WrongLabel
 from imaging.vocabulary import Judged, Kind
+from monitoring import labels
 from monitoring.accuracy_commands import labels as command
 from monitoring.journal import Prediction, open_journal, pseudonym
 from monitoring.label_files import import_labels
@@ -90,7 +93,7 @@ def judge(door, number, verdict, **told):
     ("probability", "verdict", "given", "truth"),
     [(0.9, "accepted", None, 1), (0.1, "accepted", None, 0), (0.9, "rejected", None, 0),
      (0.1, "rejected", None, 1), (0.5, "accepted", None, 1), (0.9, "corrected", 0, 0),
-     (0.9, "corrected", None, None), (0.9, "accepted", 1, 1), (0.2, "labelled", 1, 1)],
+     (0.9, "accepted", 1, 1), (0.2, "labelled", 1, 1)],
 )  # fmt: skip
 def test_a_verdict_carries_the_truth_that_follows_from_the_answer(
     door, records, answer, probability, verdict, given, truth
@@ -107,7 +110,9 @@ def test_the_sites_own_threshold_decides_what_was_answered(door, answer):
     assert kept.truth is None
 
 
-@pytest.mark.parametrize(("verdict", "truth"), [("accepted", 0), ("rejected", 1), ("labelled", None)])
+@pytest.mark.parametrize(
+    ("verdict", "truth"), [("accepted", 0), ("rejected", 1), ("labelled", None), ("corrected", None)]
+)
 def test_a_truth_that_contradicts_the_verdict_or_lacks_is_refused(door, records, answer, verdict, truth):
     with pytest.raises(WrongLabel):
         judge(door, answer(0.9), verdict, truth=truth)
@@ -118,6 +123,7 @@ def test_a_mask_is_judged_but_has_no_truth(places, door, answer):
     masks = write_version(places, "masks", Kind.SEGMENTATION)
     (kept,), _ = judge(door, answer(None, package=masks), "rejected", reason="Too wide.")
     assert (kept.truth, kept.reason) == (None, "Too wide.")
+    assert judge(door, answer(None, package=masks), "corrected")[1] == 1
     with pytest.raises(WrongLabel, match="no truth is 0 or 1"):
         judge(door, answer(None, package=masks), "corrected", truth=1)
 
@@ -158,19 +164,61 @@ def test_a_locked_image_and_a_locked_subject_take_no_label_whatever_version_lock
     assert judge(door, answer(subject=pseudonym(places.var, "north", "north-0009")), "accepted")[1] == 1
 
 
-def test_the_newest_judgement_of_an_answer_is_its_label(door, records, answer):
-    first, second, open_ended = answer(0.9), answer(0.2), answer(0.3)
+def test_the_newest_label_of_an_answer_stands_before_what_readers_say(door, records, answer):
+    first, second, unsure = answer(0.9), answer(0.2), answer(0.9, columns={"abstained": 1.0})
     judge(door, second, "accepted")
-    judge(door, first, "accepted")
+    judge(door, first, "labelled", truth=1, source="csv")
     judge(door, first, "labelled", truth=0, source="csv")
-    judge(door, open_ended, "accepted")
-    judge(door, open_ended, "corrected")
-    told = [
-        (row["prediction"], row["probability"], row["truth"])
-        for row in read_labels(records, TASK, "north", 1)
-    ]
-    assert told == [(first, 0.9, 0), (second, 0.2, 0)]
+    judge(door, unsure, "labelled", truth=0)
+    told = [(first, 0.9, 0), (second, 0.2, 0), (unsure, 0.9, 0)]
+    judge(door, first, "accepted", reader="Dr. Grey")
+    judge(door, unsure, "accepted")  # of an answer that decided nothing no truth follows
+    assert judge(door, first, "labelled", truth=0, source="csv")[1] == 0
+    records.append([Assessment(task=TASK, site="north", version=1, prediction=one, source="http",
+                               verdict="corrected") for one in (first, second)])  # fmt: skip
+    rows = read_labels(records, TASK, "north", 1)
+    assert [(row["prediction"], row["probability"], row["truth"]) for row in rows] == told
+    judge(door, second, "rejected")
+    judge(door, first, "labelled", truth=1)
+    assert [row["truth"] for row in read_labels(records, TASK, "north", 1)] == [1, 1, 0]
     assert read_labels(records, TASK, "north", 2) == read_labels(records, TASK, "east", 1) == []
+
+
+def test_answers_wait_for_as_few_statements_whatever_a_file_holds(door, records, answer, tmp_path):
+    def hold(count):
+        held, path = [], write_csv(tmp_path / "labels.csv", *(f"{answer()},1" for _ in range(count)))
+
+        def note(connection, _, statement, *told):
+            if connection.get_execution_options().get("writing"):
+                held.append((statement, told[-1]))  # and whether it runs once a row
+
+        event.listen(records.engine, "before_cursor_execute", note)
+        assert import_labels(door, path, "north") == (count, count)
+        event.remove(records.engine, "before_cursor_execute", note)
+        return held
+
+    few = hold(2)
+    assert few == hold(20)
+    assert "INSERT INTO assessments" in str(few)
+    assert not any(many for _, many in few)
+
+
+def test_what_is_said_meanwhile_is_neither_kept_twice_nor_one_too_many(door, records, answer, monkeypatch):
+    def interrupt(*told, sort_out=labels._sort_out):
+        found = sort_out(*told)
+        if said:
+            door.keep("north", [said.pop()])
+        return found
+
+    monkeypatch.setattr(labels, "_sort_out", interrupt)
+    number = answer()
+    said = [Judgement(number, Judged.LABELLED, 1)]
+    assert judge(door, number, "labelled", truth=1) == (records.read(Assessment), 0)
+    records.append(records.read(Assessment) * 98)
+    said = [Judgement(number, Judged.ACCEPTED)]
+    with pytest.raises(WrongLabel, match="has 100 assessments"):
+        judge(door, number, "rejected")
+    assert len(records.read(Assessment)) == 100
 
 
 def test_truths_reach_silent_trials_by_the_same_door(places, door, answer):
@@ -188,12 +236,14 @@ def write_csv(path, *lines, head="prediction,truth"):
 def test_a_file_is_kept_whole_once_and_a_dry_run_keeps_nothing(door, records, answer, tmp_path):
     path = write_csv(tmp_path / "labels.csv", *(f"{answer()},{number % 2},Seen late." for number in range(6)),
                      head="prediction,truth,reason")  # fmt: skip
+    truths = {line.split(",")[0]: number % 2 for number, line in enumerate(path.read_text().splitlines()[1:])}
     assert import_labels(door, path, "north", dry_run=True) == (6, 6)
     assert records.read(Assessment) == []
     assert import_labels(door, path, "north") == (6, 6)
     assert import_labels(door, path, "north") == (6, 0)
     kept = records.read(Assessment)
-    assert [row.truth for row in kept] == [0, 1] * 3
+    assert {row.prediction: row.truth for row in kept} == truths
+    assert len(kept) == 6
     assert {(row.verdict, row.source, row.reason) for row in kept} == {("labelled", "csv", "Seen late.")}
 
 
@@ -224,6 +274,19 @@ def test_the_command_says_how_many_are_new(places, door, answer, tmp_path, monke
                           ([], "1 labels, 1 of them new."), ([], "1 labels, 0 of them new.")):  # fmt: skip
         result = CliRunner().invoke(command, [str(path), "--site", "north", *options], catch_exceptions=False)
         assert result.output.strip() == told
+
+
+def test_a_recalibrated_sites_calibration_is_that_of_what_it_was_answered(places, door, answer, tmp_path):
+    """The network says 2 logits too much, and the site's profile takes them away."""
+    for number, score in enumerate(np.linspace(0.05, 0.95, 400)):
+        told = {"raw_probability": float(1 / (1 + (1 - score) / score * np.exp(-2.0))), "threshold": 0.5}
+        truth = int(number * 0.618034 % 1 < score)
+        one = answer(float(score), subject=f"{number:064x}", columns=told)
+        door.keep("north", [Judgement(one, Judged.LABELLED, truth)])
+    told = export_statistics(places, open_ledger(places.var), (TASK, 1, "north"), tmp_path / "north.json")
+    assert told.withheld == {}
+    assert abs(told.in_the_large.hits / 400) < 0.02
+    assert told.line.intercept[1] < 0 < told.line.intercept[2]
 
 
 def test_a_site_exports_sums_of_its_labelled_answers_and_no_row(places, door, answer, tmp_path):
