@@ -131,7 +131,7 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
         )
     try:
         return model.model_validate(yaml.safe_load(path.read_text()) or {})
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not YAML: {str(error)[:200]}.", "Mend the file.") from error
     except ValidationError as error:
         raise ConfigError(

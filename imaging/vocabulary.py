@@ -239,6 +239,7 @@ class Contained(StrEnum):
     ALREADY = "suspended already"
     OTHER = "another version serves"
     NO_KEY = "no key"
+    NO_POLICY = "policy not read"
 
 
 class Part(StrEnum):

@@ -25,7 +25,7 @@ from registry.ledger import Ledger
 from registry.package import Contract, read_contract, shelf
 from registry.policy import Policy, read_policy
 from registry.predictions import Predictions
-from registry.profiles import Draft, SiteProfile
+from registry.profiles import NEGATIVE, POSITIVE, Draft, SiteProfile
 from registry.projection import AXES
 
 SUBJECTS = 200  # the first so many of a site are compared with the reference
@@ -142,8 +142,7 @@ class Acceptance:
             "recalibration": chosen, "wished": vars(wishes),
         }  # fmt: skip
         if profile.abstention:
-            p = profile.recalibrate(known.raw)
-            evidence["sets_on_calibration_subjects"] = conformal.cover(p, known.truth, profile.abstention)
+            evidence["sets_on_calibration_subjects"] = self._cover(known, profile)
         return Draft(task, version, self.digest, profile, json.loads(json.dumps(evidence, allow_nan=False)))
 
     def _settle(self, known: Sample, line: tuple[float, float], wishes: Wishes) -> SiteProfile:
@@ -166,8 +165,21 @@ class Acceptance:
             line = recalibration.fit_line(rest.raw, rest.truth, method)
             profile = self._settle(rest, line, Wishes(True, wishes.sensitivity))
             p[here] = profile.recalibrate(known.raw[here])
-            thresholds[here] = self.contract.threshold if profile.threshold is None else profile.threshold
+            thresholds[here] = self._threshold(profile)
         return p, thresholds
+
+    def _cover(self, known: Sample, profile: SiteProfile) -> dict[str, float]:
+        """Of the sets as they would be told: which share holds the truth, by class, and which abstains."""
+        p, threshold = profile.recalibrate(known.raw).tolist(), self._threshold(profile)
+        told = [profile.tell(one, one >= threshold) for one in p]
+        held = np.array([(NEGATIVE, POSITIVE)[int(truth)] in one["prediction_set"]
+                         for truth, one in zip(known.truth, told, strict=True)])  # fmt: skip
+        shares = {POSITIVE: held[known.truth == 1], NEGATIVE: held[known.truth == 0],
+                  "abstained": [one["abstained"] for one in told]}  # fmt: skip
+        return {name: float(np.mean(values)) for name, values in shares.items()}
+
+    def _threshold(self, profile: SiteProfile) -> float:
+        return self.contract.threshold if profile.threshold is None else profile.threshold
 
     def _judge(self, known: Sample, p: NDArray[Any], thresholds: NDArray[Any]) -> dict[str, Any]:
         """What the policy's bounds for an external site say, as the gate would put it."""

@@ -58,23 +58,3 @@ def find_lowest(scores: NDArray[Any], alpha: float) -> float:
     """
     rank = math.floor(alpha * (len(scores) + 1) + 1e-9)
     return float(np.sort(scores)[rank - 1]) if rank else 0.0
-
-
-def cover(probability: NDArray[Any], truth: NDArray[Any], abstention: Abstention) -> dict[str, float]:
-    """What the sets do on cases: share that hold the truth, by class, and share of answers that abstain.
-
-    Args:
-        probability: of a positive, (n,).
-        truth: 1 or 0, (n,).
-        abstention: the thresholds.
-
-    Returns:
-        positive, negative and abstained; NaN of a class that has no case.
-    """
-    has = {POSITIVE: probability >= abstention.positive_from, NEGATIVE: probability <= abstention.negative_to}
-    held = {name: _share(has[name][truth == label]) for label, name in enumerate((NEGATIVE, POSITIVE))}
-    return {**held, "abstained": _share(has[POSITIVE] == has[NEGATIVE])}
-
-
-def _share(values: NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else math.nan

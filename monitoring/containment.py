@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from imaging.config import Places
-from imaging.errors import RegistryError, TrustError
+from imaging.errors import ConfigError, RegistryError, TrustError
 from imaging.vocabulary import Contained as Outcome
 from imaging.vocabulary import Containment, Decision, Scope
 from monitoring.records import Alarm, Records
@@ -19,6 +21,7 @@ from registry.events import Event, is_sound
 from registry.ledger import Ledger, Writer, open_ledger
 from registry.policy import read_policy
 from registry.state import State, name_alarm
+from registry.surveillance import Surveillance
 
 LOG = logging.getLogger(__name__)
 MONITOR = "monitor"  # the identity that contains; FORMULARY_MONITOR names another
@@ -55,7 +58,8 @@ def contain_new(places: Places, records: Records, ledger: Ledger) -> list[Contai
     if not (alarms := records.read(Alarm)):
         return []
     (acting, why), told = _find_monitor(places, ledger), []
-    known = _list_known(ledger.signed(), bool(acting))
+    is_read = cache(lambda task: not _read(places, task)[1])
+    known = _list_known(ledger.signed(), bool(acting), is_read)
     new = [alarm for alarm in alarms if (alarm.seq, alarm.at) not in known]
     if new and why:
         LOG.error("alarms cannot contain anything: %s", why)
@@ -75,19 +79,20 @@ def contain(places: Places, acting: Acting | None, alarm: Alarm) -> Contained:
 
     Args:
         places: of the checkout.
-        acting: the monitor; without its key nothing is contained, and the record says so.
+        acting: the monitor; without its key, or a policy, nothing is contained, and the record says so.
         alarm: a row of the records.
 
     Returns:
         What was done; where another process was first, what that one did.
 
     Raises:
-        ConfigError: the task has no policy that can be read.
         Conflict: the ledger is held by somebody else.
     """
-    ledger, asked = acting.ledger if acting else open_ledger(places.var), _ask(places, alarm)
+    ledger, (asked, why) = acting.ledger if acting else open_ledger(places.var), _ask(places, alarm)
+    if why:
+        LOG.error("alarm %d of %s at %s cannot contain anything: %s", alarm.seq, alarm.task, alarm.site, why)
     with ledger.writing() as writer:
-        known = _list_known(writer.events(), bool(acting))
+        known = _list_known(writer.events(), bool(acting), lambda _: not why)
         if event := known.get((alarm.seq, alarm.at)):
             return Contained(alarm.seq, event.seq, Outcome(event.body.get("contained", Outcome.NOTIFIED)))
         outcome = _choose(acting, writer.state(alarm.task), alarm, asked)
@@ -113,14 +118,15 @@ def _find_monitor(places: Places, ledger: Ledger) -> tuple[Acting | None, str]:
         return None, str(error)
 
 
-def _list_known(events: list[Event], has_key: bool) -> dict[tuple[int, str], Event]:
-    """Alarms that need no more work. With a key what nobody signed or acknowledged is worked off again."""
-    known: dict[tuple[int, str], Event] = {}
-    for event in events:
-        if event.kind == Decision.ALARMED and is_sound(event):
-            known[name_alarm(event)] = event
-    if not has_key:
-        return known
+def _list_known(
+    events: list[Event], has_key: bool, is_read: Callable[[str], bool]
+) -> dict[tuple[int, str], Event]:
+    """Alarms that need no more work: what lacked a key or a policy does when that is there.
+
+    What somebody acknowledged needs none. `is_read` says of a task whether its policy can be read.
+    """
+    told = (event for event in events if event.kind == Decision.ALARMED and is_sound(event))
+    known = {name_alarm(event): event for event in told}
     closed = [(event.seq, event.task, site) for event in events if event.kind == Decision.ACKNOWLEDGED
               for site in event.body["sites"]]  # fmt: skip
 
@@ -128,15 +134,31 @@ def _list_known(events: list[Event], has_key: bool) -> dict[tuple[int, str], Eve
         return any(seq > event.seq and task == event.task and site in event.body["sites"]
                    for seq, task, site in closed)  # fmt: skip
 
-    return {name: event for name, event in known.items() if event.key or is_closed(event)}
+    def is_left(event: Event) -> bool:
+        key, policy = has_key and not event.key, event.body.get("contained") == Outcome.NO_POLICY
+        return (key or policy) and not is_closed(event) and (key or is_read(event.task))
+
+    return {name: event for name, event in known.items() if not is_left(event)}
 
 
-def _ask(places: Places, alarm: Alarm) -> Containment:
-    surveillance = read_policy(alarm.task, places.policies).surveillance
-    return surveillance.contain if alarm.part in surveillance.parts else Containment.NOTIFY
+def _read(places: Places, task: str) -> tuple[Surveillance | None, str]:
+    """What the policy says of alarms; or None, and why it cannot be read."""
+    try:
+        return read_policy(task, places.policies).surveillance, ""
+    except (ConfigError, OSError, ValueError) as error:
+        return None, str(error)
 
 
-def _choose(acting: Acting | None, state: State, alarm: Alarm, asked: Containment) -> Outcome:
+def _ask(places: Places, alarm: Alarm) -> tuple[Containment | None, str]:
+    surveillance, why = _read(places, alarm.task)
+    if surveillance is None:
+        return None, why
+    return (surveillance.contain if alarm.part in surveillance.parts else Containment.NOTIFY), ""
+
+
+def _choose(acting: Acting | None, state: State, alarm: Alarm, asked: Containment | None) -> Outcome:
+    if asked is None:
+        return Outcome.NO_POLICY
     if asked is Containment.NOTIFY:
         return Outcome.NOTIFIED
     if state.stopped(alarm.site):
@@ -185,6 +207,6 @@ def _explain(alarm: Alarm, event: Event) -> str:
 
 
 def _log(alarm: Alarm, event: Event, outcome: Outcome) -> None:
-    level = logging.ERROR if outcome is Outcome.NO_KEY else logging.WARNING
+    level = logging.ERROR if outcome in (Outcome.NO_KEY, Outcome.NO_POLICY) else logging.WARNING
     LOG.log(level, "alarm %d of %s at %s: %s; %s", alarm.seq, alarm.task, alarm.site, outcome,
             event.body["fact"])  # fmt: skip

@@ -43,10 +43,19 @@ class Abstention(Section):
     positives: int = Field(ge=50)
     negatives: int = Field(ge=50)
 
-    def name(self, probability: float) -> list[str]:
-        """The prediction set; where it is not one class, the answer abstains."""
+    def name(self, probability: float, positive: bool) -> list[str]:
+        """The prediction set; where it is not one class, the answer abstains.
+
+        The threshold that answers knows nothing of these limits, so a set may have one class and the answer
+        be the other. Such a set gets both: a larger one lacks the truth no more often, so the promise holds.
+
+        Args:
+            probability: of a positive.
+            positive: the answer at the threshold.
+        """
         held = {NEGATIVE: probability <= self.negative_to, POSITIVE: probability >= self.positive_from}
-        return [name for name, holds in held.items() if holds]
+        named = [name for name, holds in held.items() if holds]
+        return [NEGATIVE, POSITIVE] if named == [NEGATIVE if positive else POSITIVE] else named
 
     def guarantee(self, site: str) -> str:
         """What is promised of the sets, and of nothing else."""
@@ -83,21 +92,21 @@ class SiteProfile(Section):
         inner = np.clip(values, SMALLEST, 1 - SMALLEST)
         return 1 / (1 + np.exp(-(self.intercept + self.slope * np.log(inner / (1 - inner)))))
 
-    def note(self, raw: float) -> dict[str, float]:
+    def note(self, raw: float, positive: bool) -> dict[str, float]:
         """What the journal keeps of it: a later profile is made from the probability before this one."""
         probability = float(self.recalibrate(raw))
         told = {"probability": probability, "raw_probability": raw, "profile": float(self.number)}
         if self.threshold is not None:
             told["threshold"] = self.threshold
         if self.abstention:
-            told["abstained"] = float(len(self.abstention.name(probability)) != 1)
+            told["abstained"] = float(len(self.abstention.name(probability, positive)) != 1)
         return told
 
-    def tell(self, probability: float) -> dict[str, Any]:
+    def tell(self, probability: float, positive: bool) -> dict[str, Any]:
         """What an answer says of it; where its prediction set is not one class, it decides nothing."""
         if not self.abstention:
             return {"profile": self.number}
-        named = self.abstention.name(probability)
+        named = self.abstention.name(probability, positive)
         told = {"profile": self.number, "abstained": len(named) != 1, "prediction_set": named,
                 "guarantee": self.abstention.guarantee(self.site)}  # fmt: skip
         return told if len(named) == 1 else {**told, "positive": None}

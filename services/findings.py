@@ -115,8 +115,9 @@ def find(
     else:
         answer = _detect(answers.logits[0], contract, profile)
     if profile:
-        columns |= profile.note(columns["probability"])
-        answer |= profile.tell(columns["probability"])
+        positive = answer["positive"]
+        columns |= profile.note(columns["probability"], positive)
+        answer |= profile.tell(columns["probability"], positive)
     return Found({**answer, **unsure}, columns)
 
 

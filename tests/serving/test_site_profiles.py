@@ -114,6 +114,8 @@ def test_an_answer_that_abstains_says_so_decides_nothing_and_is_counted(places, 
         answer.validate(one)
         assert one["abstained"] is (len(one["prediction_set"]) != 1)
         assert (one["positive"] is None) is one["abstained"]
+        alone = ["positive" if one["positive"] else "negative"]
+        assert one["abstained"] or one["prediction_set"] == alone
         assert "90 % of the prediction sets hold the truth" in one["guarantee"]
     abstained = sum(one["abstained"] for one in told)
     assert 0 < abstained < CASES / 2
@@ -162,6 +164,25 @@ def test_lesions_of_a_detector_follow_the_profile_as_its_image_does():
     assert told.answer["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert (told.answer["threshold"], told.answer["profile"], told.positive) == (0.6, 2, True)
     assert told.columns["raw_probability"] == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+@pytest.mark.parametrize(("kind", "width"), [(Kind.CLASSIFICATION, 2), (Kind.DETECTION, 3)])
+@pytest.mark.parametrize(("threshold", "limits"), [(0.6, (0.9, 0.95)), (0.8, (0.5, 0.6))])
+def test_where_the_set_has_the_other_class_alone_answer_and_row_abstain(kind, width, threshold, limits):
+    contract = promise(kind, classes=("background", "lesion"), threshold=0.5)
+    logits = np.full((1, width, 8, 8), -6.0, np.float32)
+    logits[0, 0, 2, 2] = 1.0  # a score of .731
+    logits = logits if kind is Kind.DETECTION else np.array([[0.0, 1.0]], np.float32)
+    abstention = {"alpha": 0.1, "positive_from": limits[0], "negative_to": limits[1],
+                  "positives": 60, "negatives": 70}  # fmt: skip
+    profile = SiteProfile(number=1, site="north", threshold=threshold, abstention=abstention)
+    taken = take(encode(draw_pixels(), NPY, 2.0, Modality.CT), NPY, contract)
+    answers = Answers(logits, np.zeros((1, 32, 32), np.float32), np.zeros((1, 4), np.float32))
+    told = find(taken, answers, contract, None, profile)
+    assert told.columns["abstained"] == 1
+    assert told.answer["prediction_set"] == ["negative", "positive"]
+    assert (told.answer["abstained"], told.answer["positive"]) == (True, None)
+    assert told.positive is (threshold < 0.7)  # what the evidence keeps
 
 
 def test_who_drafted_it_may_not_store_it_and_another_package_has_none(places, profiled):

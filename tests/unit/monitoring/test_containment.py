@@ -12,6 +12,7 @@ import yaml
 
 from imaging.errors import Conflict, Forbidden
 from imaging.vocabulary import Contained, Decision
+from monitoring import containment
 from monitoring.containment import contain_new, open_alarms
 from monitoring.records import Alarm, open_records
 from registry.access import Acting, admit
@@ -269,11 +270,72 @@ def test_a_process_that_is_killed_on_the_way_loses_nothing_and_doubles_nothing(p
     assert ledger.verify() == ledger.generation()
 
 
-def test_a_policy_that_cannot_be_read_keeps_its_alarm_and_no_other(places, records, ledger, caplog):
-    admit(places.var, ledger, "monitor")
-    records.append([draw_alarm(task="other"), draw_alarm()])
+def test_what_fails_at_one_alarm_keeps_no_other_from_its_site(places, records, ledger, caplog, monkeypatch):
+    real = containment.contain
+
+    def fail(places, acting, alarm):
+        if alarm.seq == 1:
+            raise Conflict("Somebody holds the ledger.", "")
+        return real(places, acting, alarm)
+
+    monkeypatch.setattr(containment, "contain", fail)
+    records.append([draw_alarm(), draw_alarm(site="east")])
     assert [told.alarm for told in contain_new(places, records, ledger)] == [2]
-    assert "alarm 1 of other at north could not be worked off" in caplog.text
+    assert f"alarm 1 of {TASK} at north could not be worked off" in caplog.text
+
+
+@pytest.fixture
+def unread(raise_alarm, places, records, ledger):
+    """An alarm that came while the task's policy could not be read, and how to mend the policy."""
+
+    def make(content=b"surveillance: {parst: [pixels]}", key=True):
+        if key:
+            admit(places.var, ledger, "monitor")
+        path = places.policies / f"{TASK}.yaml"
+        path.unlink() if content is None else path.write_bytes(content)
+        records.append([draw_alarm()])
+        (told,) = contain_new(places, records, ledger)
+        assert told.outcome == Contained.NO_POLICY
+        return lambda: write_policy(places, surveillance={"contain": "suspend"})
+
+    return make
+
+
+@pytest.mark.parametrize("content", [b"surveillance: {parst: [pixels]}", b"a: [", b"\xff", None])
+def test_an_alarm_is_told_though_no_policy_says_what_it_does(unread, ledger, caplog, content):
+    unread(content)
+    (alarmed,) = open_alarms(ledger, TASK)["north"]
+    assert (alarmed.actor, alarmed.body["asked"], alarmed.body["contained"]) == (
+        "monitor",
+        None,
+        Contained.NO_POLICY,
+    )
+    assert {record.levelname for record in caplog.records} >= {"ERROR"}
+    assert f"alarm 1 of {TASK} at north cannot contain anything" in caplog.text
+    assert kinds(ledger) == ["alarmed"]
+    assert ledger.verify() == ledger.generation()
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_it_is_contained_once_when_the_policy_can_be_read(unread, places, records, ledger, key):
+    mend = unread(key=key)
+    assert contain_new(places, records, ledger) == []
+    mend()
+    assert [told.outcome for told in contain_new(places, records, ledger)] == [
+        Contained.SUSPENDED if key else Contained.NO_KEY]  # fmt: skip
+    assert [event.body["alarm"] for event in open_alarms(ledger, TASK)["north"]] == [1]
+    assert contain_new(places, records, ledger) == []
+    admit(places.var, ledger, "monitor")
+    contain_new(places, records, ledger)
+    assert kinds(ledger) == ["alarmed"] * (2 if key else 3) + ["suspended"]
+
+
+def test_nor_is_it_contained_when_somebody_acknowledged_it_before(unread, places, records, ledger, person):
+    mend = unread()
+    acknowledge(person, TASK, ("north",))
+    mend()
+    assert contain_new(places, records, ledger) == []
+    assert "north" in ledger.champions(TASK)
 
 
 def test_acknowledging_closes_the_alarms_of_a_site_and_resumes_nothing(raise_alarm, person, ledger):

@@ -195,14 +195,31 @@ def test_a_probability_between_the_thresholds_has_both_classes_or_none():
         Abstention(**ABSTENTION),
         Abstention(**{**ABSTENTION, "positive_from": 0.6, "negative_to": 0.3}),
     )
-    assert [both.name(p) for p in (0.2, 0.3, 0.6, 0.7)] == [
+    assert [both.name(p, p >= 0.5) for p in (0.2, 0.3, 0.6, 0.7)] == [
         ["negative"], ["negative", "positive"], ["negative", "positive"], ["positive"]]  # fmt: skip
-    assert [none.name(p) for p in (0.3, 0.45, 0.6)] == [["negative"], [], ["positive"]]
-    told = SiteProfile(site="north", number=4, abstention=none).tell(0.45)
+    assert [none.name(p, p >= 0.5) for p in (0.3, 0.45, 0.6)] == [["negative"], [], ["positive"]]
+    told = SiteProfile(site="north", number=4, abstention=none).tell(0.45, False)
     assert told["positive"] is None
     assert (told["abstained"], told["profile"]) == (True, 4)
     assert "90 %" in told["guarantee"]
     assert "60 positive and 70 negative subjects of north" in told["guarantee"]
+
+
+@pytest.mark.parametrize("limits", [(0.3, 0.6), (0.6, 0.3)])
+def test_an_answer_that_its_one_class_contradicts_abstains_on_either_side_of_the_limits(limits):
+    named = Abstention(**{**ABSTENTION, "positive_from": limits[0], "negative_to": limits[1]})
+    profile = SiteProfile(site="north", abstention=named)
+    for p, positive, agrees in (
+        (0.25, True, False),  # a threshold of .2, below both limits
+        (0.25, False, True),
+        (0.7, False, False),  # a threshold of .8, above both
+        (0.7, True, True),
+    ):
+        told = profile.tell(p, positive)
+        alone = ["positive" if positive else "negative"]
+        assert told["prediction_set"] == (alone if agrees else ["negative", "positive"])
+        assert ("positive" in told, told["abstained"]) == (not agrees, not agrees)
+        assert profile.note(p, positive)["abstained"] == float(not agrees)
 
 
 def test_fewer_than_fifty_calibration_subjects_a_class_are_no_abstention():
