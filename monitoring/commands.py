@@ -40,13 +40,9 @@ def reference(task: str) -> None:
     from registry.policy import read_policy
 
     places = read_places()
-    params, asked = read_params(places), read_policy(task, places.policies).surveillance
-    body = calibrate_alarms(params.task(task).reference, places.stage(task, "package"), asked)
+    section, promise = read_params(places).task(task).reference, read_policy(task, places.policies)
+    body = calibrate_alarms(section, places.stage(task, "package"), promise.surveillance)
     write_alarms(body, places.stage(task, "reference"))
-    if len(params.tasks) > asked.tasks:
-        click.echo(
-            f"By this policy {asked.tasks} tasks share a site's budget; params.yaml has more.", err=True
-        )
     rows = [[site, str(told["subjects"]), f"{told['null_alarm_share'][0]:.3f}", f"{told['shift_seen_sd']} sd"]
             for site, told in body["sites"].items() if told["judged"]]  # fmt: skip
     print_table(f"{task}: drift test at alpha {body['alpha']}, window {body['window']}",
@@ -109,8 +105,13 @@ def alarms(task: str | None, site: str | None, limit: int, as_json: bool) -> Non
 def status(as_json: bool) -> None:
     """Each version at each site: what moved, alarms, and how right it is, as far as anybody knows."""
     from monitoring.overview import read_overviews
+    from registry.ledger import open_ledger
 
-    told = read_overviews(read_places().var)
+    places = read_places()
+    ledger = open_ledger(places.var)
+    serving = {(task, site): one.version for task in read_params(places).tasks
+               for site, one in ledger.champions(task).items()}  # fmt: skip
+    told = read_overviews(places.var, serving)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in told.values()]))
         return

@@ -16,6 +16,11 @@ from imaging.vocabulary import Judged
 from registry.package import read_contract, shelf
 
 IMAGE = ("too-large", "wrong-type", "unreadable", "wrong-modality", "wrong-shape", "not-finite")
+ANSWERED = text(  # rows come in the order of time, so the newest of before is found from the end
+    "SELECT version, substr(at, 1, 10) AS day, COUNT(*) FROM predictions WHERE task = :task AND site = :site "
+    "AND seq > COALESCE((SELECT seq FROM predictions WHERE at < :floor ORDER BY seq DESC LIMIT 1), 0) "
+    "GROUP BY version, day"
+)
 Key = tuple[str, str]
 
 
@@ -27,7 +32,9 @@ class Days:
         refused: (task, site) -> day -> requests whose image was refused.
         judged: (task, site, version) -> day -> for each assessment whether it objects, and whether the
             answer was wrong, None where nobody knows.
-        newest: (task, site) -> the version that answers there, to which refusals belong.
+        newest: (task, site) -> the version that answered last.
+        answered: (task, site) -> day -> version -> answers. Refusals name no version: they belong to the one
+            with the most answers of the day, of a day without any to the newest.
     """
 
     refused: dict[Key, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
@@ -35,6 +42,9 @@ class Days:
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
     newest: dict[Key, int] = field(default_factory=dict)
+    answered: dict[Key, dict[int, dict[int, int]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
 
     def list_days(self, place: tuple[str, str, int]) -> set[int]:
         """Days of which there is anything but answers."""
@@ -44,8 +54,11 @@ class Days:
         """The daily streams of a version at a site; what there is nothing of is left out."""
         told: dict[str, float] = {}
         refused = self.refused[place[:2]].get(day, 0)
-        if self.newest.get(place[:2], place[2]) == place[2] and refused + answered:
-            told["refusals"] = refused / (refused + answered)
+        answers = self.answered[place[:2]].get(day) or {place[2]: answered}
+        most = max(answers, key=lambda version: (answers[version], -version))
+        owner = most if answers[most] else self.newest.get(place[:2], place[2])
+        if owner == place[2] and (total := refused + sum(answers.values())):
+            told["refusals"] = refused / total
         if judged := self.judged[place].get(day):
             told["discordance"] = sum(objects for objects, _ in judged) / len(judged)
             if known := [wrong for _, wrong in judged if wrong is not None]:
@@ -53,16 +66,16 @@ class Days:
         return told
 
 
-def read_days(connection: Connection, since: dict[Key, int], var: Path) -> Days:
-    """The counts of days after those that are over at each task and site.
+def read_days(connection: Connection, closed: dict[tuple[str, str, int], int], var: Path) -> Days:
+    """The counts of the days that are not over yet at some places.
 
     Args:
         connection: to the journal's database.
-        since: (task, site) -> ordinal of the last day that is over there.
+        closed: (task, site, version) -> ordinal of the last day that is over there; 0 where none is.
         var: holds the packages, for their operating points.
     """
-    days, known = Days(), [day for day in since.values() if day]
-    floor = date.fromordinal(min(known)).isoformat() if known else ""
+    days, first = Days(), min(closed.values(), default=0)
+    floor = date.fromordinal(first).isoformat() if first else ""
     refused = text(
         "SELECT task, site, substr(at, 1, 10) AS day, SUM(count) AS count FROM refusals WHERE at >= :floor "
         f"AND reason IN {IMAGE} GROUP BY task, site, day"
@@ -77,6 +90,10 @@ def read_days(connection: Connection, since: dict[Key, int], var: Path) -> Days:
     for row in connection.execute(judged, {"floor": floor}).mappings():
         place = (row["task"], row["site"], row["version"])
         days.judged[place][_ordinal(row["at"])].append(_judge(dict(row), var))
+    for task, site in {place[:2] for place in closed} & set(days.refused):
+        asked = {"task": task, "site": site, "floor": floor}
+        for version, day, count in connection.execute(ANSWERED, asked):
+            days.answered[(task, site)][_ordinal(day)][version] = count
     newest = text("SELECT task, site, version, MAX(last_seq) FROM streams GROUP BY task, site")
     days.newest = {(row[0], row[1]): row[2] for row in connection.execute(newest)}
     return days

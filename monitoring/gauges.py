@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
+from sqlalchemy import bindparam, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from imaging.errors import JournalDown
 from imaging.vocabulary import Accuracy, Drift, Part
+from monitoring.records import Records, choose
 
 if TYPE_CHECKING:
     from monitoring.journal import Journal
@@ -27,10 +28,9 @@ PLACE = ("task", "site")
 NEWEST = text(
     "SELECT s.task, s.site, p.at, json_extract(s.state, '$.combined.enough') AS enough, "
     "json_extract(s.state, '$.combined.score') AS score "
-    "FROM (SELECT task, site, MAX(last_seq) AS seq FROM streams GROUP BY task, site) newest "
-    "JOIN streams s ON s.task = newest.task AND s.site = newest.site AND s.last_seq = newest.seq "
-    "LEFT JOIN predictions p ON p.seq = s.last_seq"
-)
+    "FROM streams s LEFT JOIN predictions p ON p.seq = s.last_seq WHERE s.last_seq IN :chosen"
+).bindparams(bindparam("chosen", expanding=True))
+STREAMS = text("SELECT task, site, version, last_seq FROM streams ORDER BY last_seq")
 Rows = Mapping[Any, float]
 
 
@@ -113,16 +113,14 @@ class Now:
         yield _many("formulary_open_alarms", "Alarms that nobody has acknowledged", known, (*PLACE, "part"))
 
     def _tell_verdicts(self) -> Iterator[Gauge]:
-        rows = {(row.task, row.site): row for row in self._journal.newest_verdicts()}
+        rows = choose(self._journal.newest_verdicts(), self._serving.versions)
         drift = {place: DRIFT[Drift(row.verdict)] for place, row in rows.items()}
         yield _many("formulary_drift", "1 drift, 0 in bounds, -1 not enough cases", drift)
         ages = {place: _age(row.at) for place, row in rows.items()}
         yield _many("formulary_drift_age_seconds", "Age of the newest verdict", ages)
 
     def _tell_estimates(self) -> Iterator[Gauge]:
-        from monitoring.records import Records
-
-        found = Records(self._journal.engine).newest_estimates()
+        found = choose(Records(self._journal.engine).newest_estimates(), self._serving.versions)
         verdicts = {place: ACCURACY[Accuracy(row.body["verdict"])] for place, row in found.items()}
         told = "1 verified, 0 not verified, -1 not valid, -2 not enough cases"
         yield _many("formulary_accuracy_verdict", told, verdicts)
@@ -135,7 +133,8 @@ class Now:
 
     def _tell_streams(self) -> Iterator[Gauge]:
         with self._journal.engine.connect() as connection:
-            rows = connection.execute(NEWEST).all()
+            chosen = choose(connection.execute(STREAMS), self._serving.versions).values()
+            rows = connection.execute(NEWEST, {"chosen": [row.last_seq for row in chosen]}).all()
             told = connection.execute(text("SELECT name, seq FROM cursors"))
             cursors: dict[str, int] = {row.name: row.seq for row in told}
             last = connection.execute(text("SELECT COALESCE(MAX(seq), 0) FROM predictions")).scalar_one()

@@ -157,13 +157,16 @@ class Journal:
         told = ({**row, **json.loads(row["columns"])} for row in reversed(rows))
         return [{name: value for name, value in row.items() if name != "columns"} for row in told]
 
-    def newest(self, task: str | None, site: str | None, limit: int) -> list[dict[str, Any]]:
-        """The newest predictions as they stand, oldest first."""
+    def newest(
+        self, task: str | None, site: str | None, limit: int, version: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The newest predictions as they stand, oldest first; of all unless told."""
         query = text(
             "SELECT * FROM predictions WHERE (:task IS NULL OR task = :task) AND "
-            "(:site IS NULL OR site = :site) ORDER BY seq DESC LIMIT :limit"
+            "(:site IS NULL OR site = :site) AND (:version IS NULL OR version = :version) "
+            "ORDER BY seq DESC LIMIT :limit"
         )
-        rows = self._read(query, task=task, site=site, limit=limit)
+        rows = self._read(query, task=task, site=site, version=version, limit=limit)
         parsed = ("columns", "stages_ms", "acquisition")
         return [{**row, **{name: json.loads(row[name]) for name in parsed}} for row in reversed(rows)]
 

@@ -58,7 +58,8 @@ class Judge:
             for table, start, setting in ((cases, before, settings[0]), (daily, days_before, settings[1]))
             for crossing in _cross(table, start, setting)
         ]
-        found += [alarm for window in self._windows(streams) for alarm in self._compare(streams, window)]
+        self._gather(streams)
+        found += [alarm for window in self._windows(streams) for alarm in self._compare(streams, *window)]
         self._combine(streams, settings)
         return found
 
@@ -77,7 +78,7 @@ class Judge:
         if not streams.closed:
             streams.closed = (int(cases.days[0]) if len(cases.days) else self.today) - 1
         place, days, rows = (streams.task, streams.site, streams.version), [], []
-        seen = {*cases.days.tolist(), *self.days.list_days(place)}
+        seen = {*cases.days.tolist(), *self.days.list_days(place)} - {*streams.daily.days.tolist()}
         for day in sorted(one for one in seen if streams.closed < one < self.today):
             of_day = cases.days == day
             told = self.days.tell(place, day, int(of_day.sum()))
@@ -89,36 +90,52 @@ class Judge:
         streams.closed = max(streams.closed, self.today - 1)
         streams.daily.append(days, rows)
 
-    def _windows(self, streams: Streams) -> Iterator[NDArray[np.intp]]:
-        """Rows of each whole window since the last one; windows do not overlap, and lack no embedding."""
+    def _gather(self, streams: Streams) -> None:
+        """Put the new embeddings into the open window; of a day at random so many that any volume fits."""
         asked, cases = self.surveillance, streams.cases
         names = [name for name in AXES if name in cases.names]
-        rows = np.flatnonzero(np.isfinite(cases.select(names)).all(axis=1)) if names else np.zeros(0, int)
-        rows = rows[rows >= streams.tested - cases.dropped]
-        days = np.maximum.accumulate(cases.days[rows])
-        while asked.window <= len(rows):
-            end = asked.window
-            if asked.unit is Unit.DAY:  # enough of them, and of enough days
-                end = max(end, int(np.searchsorted(days, int(days[0]) + asked.window_days - 1)) + 1)
-            if end > len(rows):
-                return
-            yield rows[:end]
-            streams.tested = cases.dropped + int(rows[end - 1]) + 1
-            rows, days = rows[end:], days[end:]
+        start, streams.tested = max(0, streams.tested - cases.dropped), streams.subjects
+        drawn = np.random.PCG64(0).advance(cases.dropped + start)  # so that a subject's is always the same
+        draws = np.random.Generator(drawn).random(len(cases.days) - start)
+        rows = np.column_stack([draws, cases.select(names)[start:]]).astype(np.float32)
+        known = np.isfinite(rows).all(axis=1) & bool(names)
+        rows, days = rows[known], cases.days[start:][known]
+        if streams.opened.shape[1] == rows.shape[1]:
+            rows = np.concatenate([streams.opened, rows])
+            days = np.concatenate([streams.opened_days, days])
+        if asked.unit is Unit.DAY:
+            last = date.fromisoformat(streams.window.get("day", date.min.isoformat())).toordinal()
+            if last <= streams.closed:  # else a clock was put back
+                days = np.maximum(days, last + 1)  # no window begins before the last one ended
+            order = np.lexsort((rows[:, 0], days))
+            of_day = np.arange(len(days)) - np.searchsorted(days[order], days[order])
+            kept = order[of_day < 2 * math.ceil(asked.window / asked.window_days)]
+            rows, days = rows[kept], days[kept]
+        streams.opened, streams.opened_days = rows, days
 
-    def _compare(self, streams: Streams, chosen: NDArray[np.intp]) -> list[Alarm]:
+    def _windows(self, streams: Streams) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
+        """Embeddings and days of each window that is whole; windows do not overlap."""
+        asked = self.surveillance
+        while asked.window <= len(days := streams.opened_days):
+            end = asked.window
+            if asked.unit is Unit.DAY:  # enough of them, and of enough days that are over
+                last = max(int(days[0]) + asked.window_days - 1, int(days[end - 1]))
+                if last > streams.closed:
+                    return
+                end = int(np.searchsorted(days, last, "right"))
+            yield streams.opened[:end, 1:].astype(float), days[:end]
+            streams.opened, streams.opened_days = streams.opened[end:], days[end:]
+
+    def _compare(self, streams: Streams, window: NDArray[Any], days: NDArray[np.int32]) -> list[Alarm]:
         """Compare a window with the reference. Until one is in bounds again, it is the same event."""
-        asked, cases = self.surveillance, streams.cases
-        names, days = [name for name in AXES if name in cases.names], cases.days[chosen]
-        window = cases.select(names)[chosen].astype(float)
+        asked = self.surveillance
         reference = self._reference(streams, window, days)
         if reference is None or reference.shape[1] != window.shape[1]:
             return []
-        span, daily = int(days.max() - days.min()) + 1, asked.unit is Unit.DAY
+        span, daily = max(asked.window_days, int(days.max() - days.min()) + 1), asked.unit is Unit.DAY
         level = windows.level(asked, span if daily else len(days) / asked.per_day)
         told = np.concatenate([np.array(streams.own_days, int), days]) if daily else None
-        seed = cases.dropped + int(chosen[0])
-        statistic, p = windows.judge_window(reference, window, level, seed, told)
+        statistic, p = windows.judge_window(reference, window, level, zlib.crc32(window.tobytes()), told)
         first, last = (date.fromordinal(int(day)).isoformat() for day in (days.min(), days.max()))
         known = streams.window.get("p", 1.0) <= streams.window.get("level", 0.0)
         streams.window = {

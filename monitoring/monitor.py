@@ -65,7 +65,8 @@ class Monitor:
         for task, section in self._params.tasks.items():
             champions = self._ledger.champions(task) if task in (tasks or (task,)) else {}
             for site in sorted(set(champions) & set(sites or champions)):
-                told, last = self.journal.newest(task, site, 1), newest.get((task, site))
+                told = self.journal.newest(task, site, 1, champions[site].version)
+                told, last = told or self.journal.newest(task, site, 1), newest.get((task, site))
                 if told and (last is None or last.last_seq < told[0]["seq"]):
                     written += self._try((task, section), site, told[0])
         return written
@@ -79,7 +80,7 @@ class Monitor:
             return []
 
     def _judge(self, task: tuple[str, TaskSection], site: str, told: dict[str, Any]) -> VerdictRow:
-        """Judge the version that gave the newest answer: the champion, or what stays while it is refused."""
+        """Judge the champion, or where it never answered what did."""
         import pandas as pd
 
         name, section = task

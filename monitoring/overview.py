@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from monitoring import charts
 from monitoring.daily import Days
 from monitoring.journal import VerdictRow, open_journal
 from monitoring.judging import Judge
-from monitoring.records import Alarm, EstimateRow, Records, open_records
+from monitoring.records import Alarm, EstimateRow, Records, choose, open_records
 from monitoring.reference import read_table
 from monitoring.streams import DAILY, part_of, unpack
 from registry.package import shelf
@@ -34,7 +36,7 @@ NEWEST_ALARMS = 50
 
 @dataclass(frozen=True)
 class Overview:
-    """What is known of the version that answered last at a site.
+    """What is known of the version that serves at a site; where it never answered, of what answered last.
 
     Attributes:
         task, site, version: the place.
@@ -93,20 +95,29 @@ class Stream:
     reference: tuple[float, float, float] | None
 
 
-def read_overviews(var: Path) -> dict[tuple[str, str], Overview]:
-    """(task, site) -> what is known of the version that answered last there.
+NOTHING: Mapping[tuple[str, str], int] = MappingProxyType({})
+
+
+def read_overviews(
+    var: Path, serving: Mapping[tuple[str, str], int] = NOTHING
+) -> dict[tuple[str, str], Overview]:
+    """(task, site) -> what is known of the version that serves there.
+
+    Args:
+        var: holds the journal.
+        serving: (task, site) -> the champion's version.
 
     Raises:
         JournalDown: the database cannot be read.
     """
     records = open_records(var)
-    verdicts = {(row.task, row.site): row for row in open_journal(var).newest_verdicts()}
-    estimates, alarms = records.newest_estimates(), _gather(records)
+    verdicts = choose(open_journal(var).newest_verdicts(), serving)
+    estimates, alarms = choose(records.newest_estimates(), serving), _gather(records)
     with records.engine.connect() as connection:
         rows = [dict(row) for row in connection.execute(PLACES).mappings()]
     found: dict[tuple[str, str], Overview] = {}
-    for row in rows:  # the newest last, so that it stays
-        key = (row["task"], row["site"])
+    for row in sorted(rows, key=lambda row: row["version"] == serving.get((row["task"], row["site"]))):
+        key = (row["task"], row["site"])  # what serves comes last, else the newest, so that it stays
         verdict, estimate = verdicts.get(key), estimates.get(key)
         told = {name: json.loads(row[name] or "{}") for name in ("combined", "recent", "window")}
         found[key] = Overview(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,16 +171,23 @@ class Records:
         except SQLAlchemyError as error:
             raise _down(error) from error
 
-    def newest_estimates(self) -> dict[tuple[str, str], EstimateRow]:
-        """(task, site) -> the newest estimate of the version that answered last there."""
+    def newest_estimates(self) -> list[EstimateRow]:
+        """The newest estimate of every version at every site, oldest first."""
         query = text(
-            "SELECT * FROM estimates WHERE seq IN (SELECT MAX(e.seq) FROM estimates e JOIN (SELECT task, "
-            "site, version, MAX(last_seq) FROM streams GROUP BY task, site) s ON s.task = e.task AND "
-            "s.site = e.site AND s.version = e.version GROUP BY e.task, e.site)"
+            "SELECT * FROM estimates WHERE seq IN "
+            "(SELECT MAX(seq) FROM estimates GROUP BY task, site, version) ORDER BY seq"
         )
         with self.engine.connect() as connection:
-            rows = [make(EstimateRow, dict(row)) for row in connection.execute(query).mappings()]
-        return {(row.task, row.site): row for row in rows}
+            return [make(EstimateRow, dict(row)) for row in connection.execute(query).mappings()]
+
+
+def choose(rows: Iterable[Any], serving: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], Any]:
+    """(task, site) -> the row of the version that serves there; where none is known to, the last of the rows.
+
+    A canary answers beside the champion, and what answered before it is not what serves.
+    """
+    return {(row.task, row.site): row for row in rows
+            if serving.get((row.task, row.site), row.version) == row.version}  # fmt: skip
 
 
 def make(kind: type[Kind], row: dict[str, Any]) -> Kind:

@@ -24,7 +24,7 @@ from registry.projection import AXES
 
 MOST = HISTORY
 RECENT_DAYS = 30
-LABELS = 50  # makes, models and kernels that are told apart at a site
+FIRST = 100  # subjects whose scanners are the site's own
 DAILY = ("latency_ms", "refusals", "discordance", "error")
 SILENT = ("profile", "threshold")  # of a row's columns: what is no measurement
 SHOWN = "shown_probability"  # of a site with a profile; its chart is of the network's own, which goes on
@@ -128,8 +128,8 @@ class Streams:
         cases: one row a subject.
         daily: one row a day; of days that are over.
         closed: ordinal of the last day that is over.
-        tested: subjects that had been seen when the last window was compared.
-        labels: make, model and kernel -> how many subjects.
+        tested: subjects that had been seen when the newest were put into the open window.
+        labels: make, model and kernel -> how many of the first subjects.
         window: the last comparison of a window with the reference: p, level, day.
         combined: the combined score: score, parts.
         recent: [day, combined score, value nearest to a limit] of the newest days.
@@ -138,6 +138,8 @@ class Streams:
         threshold: that a site profile put in the contract's place; None without one.
         own: embeddings of the first window, where the package has no reference of the site.
         own_days: ordinals of the days of its subjects.
+        opened: float32 (n, 1 + axes), embeddings of the open window, each after the draw that thins them.
+        opened_days: int32 (n,), ordinals of their days.
     """
 
     task: str
@@ -160,15 +162,18 @@ class Streams:
     threshold: float | None = None
     own: list[list[float]] = field(default_factory=list)
     own_days: list[int] = field(default_factory=list)
+    opened: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    opened_days: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def take(self, rows: list[dict[str, Any]]) -> None:
         """Count rows of the journal, and keep the values of subjects that were not seen before.
 
-        A row that is a little late belongs to the day that is open. Where all are older, a clock was put
-        back, or an old journal is fed: then days go on from there.
+        A row that is late belongs to the day that is open. Where all are older, and of days that nobody has
+        seen, a clock was put back, or an old journal is fed: then days go on from there.
         """
         told = [date.fromisoformat(row["at"][:10]).toordinal() for row in rows]
-        if told and self.closed and max(told) < self.closed:
+        late = bool(told) and max(told) < self.closed
+        if late and not np.isin(told, self.daily.days).any():
             self.closed = min(told) - 1
         seen, days, values, keys = set(self.keys.tolist()), [], [], []
         for row, day in zip(rows, told, strict=True):
@@ -200,12 +205,15 @@ class Streams:
         return told
 
     def _surprise(self, label: str) -> float:
-        """How unusual a scanner is at the site, in nats to one digit: 0 where there is no other."""
-        if label not in self.labels and len(self.labels) >= LABELS:
-            label = "other"
-        before, same = sum(self.labels.values()), self.labels.get(label, 0)
-        self.labels[label] = same + 1
-        return round(math.log((before + 1) / (same + 1)), 1)
+        """How unusual a scanner is among those of the first subjects, in nats; NaN for these.
+
+        Their counts stay as they are: while nothing changes, shares that run would still go somewhere.
+        """
+        known = sum(self.labels.values())
+        if known < FIRST:
+            self.labels[label] = self.labels.get(label, 0) + 1
+            return math.nan
+        return math.log((known + 1) / (self.labels.get(label, 0) + 1))
 
     def trim(self) -> None:
         """Forget the oldest beyond `MOST`."""
@@ -236,7 +244,7 @@ def _read_numbers(told: str) -> dict[str, float]:
 
 def pack(streams: Streams) -> dict[str, Any]:
     """A row of the table `streams`."""
-    state = {name: getattr(streams, name) for name in STATE}
+    state = {name: getattr(streams, name) for name in STATE} | {"opened": streams.opened.shape}
     for name, table in (("cases", streams.cases), ("daily", streams.daily)):
         chart = table.chart
         state[name] = {
@@ -245,7 +253,8 @@ def pack(streams: Streams) -> dict[str, Any]:
             "begun": chart.begun.tolist(), "quiet": table.quiet,
         }  # fmt: skip
     arrays = (streams.keys, *(part for table in (streams.cases, streams.daily)
-                              for part in (table.days, table.values)))  # fmt: skip
+                              for part in (table.days, table.values)),
+              streams.opened_days, streams.opened)  # fmt: skip
     return {
         "task": streams.task, "site": streams.site, "version": streams.version, "rows": streams.rows,
         "last_seq": streams.last_seq, "state": json.dumps(state, sort_keys=True),
@@ -280,6 +289,10 @@ def unpack(row: dict[str, Any]) -> Streams:
             told["names"], read(np.int32, told["rows"]), read(np.float32, told["rows"], len(told["names"])),
             told["dropped"], told["charted"], chart, told["quiet"],
         )  # fmt: skip
+        if "opened" not in state and "scanner" in told["names"]:
+            tables[name].column("scanner")[:] = math.nan  # of shares that ran: what comes now is not like it
+    shape = state.get("opened", [0, 0])
     place = {name: row[name] for name in ("task", "site", "version", "rows", "last_seq")}
     rest: dict[str, Any] = {name: state[name] for name in STATE}
+    rest |= {"opened_days": read(np.int32, shape[0]), "opened": read(np.float32, *shape)}
     return Streams(**place, keys=keys, cases=tables["cases"], daily=tables["daily"], **rest)

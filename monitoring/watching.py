@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
@@ -37,6 +38,11 @@ NEW = text(
     "SELECT task, site, version FROM streams WHERE json_extract(state, '$.closed') BETWEEN 1 AND :day - 2 "
     "UNION "
     "SELECT task, site, version FROM assessments WHERE seq > :labelled"
+)
+LEFT = text(  # what failed before this process began
+    "SELECT p.task, p.site, p.version FROM (SELECT task, site, version, MAX(seq) AS seq FROM predictions "
+    "GROUP BY task, site, version) p LEFT JOIN streams s ON s.task = p.task AND s.site = p.site "
+    "AND s.version = p.version WHERE p.seq > COALESCE(s.last_seq, 0)"
 )
 COUNT = text("SELECT task, site, version, COUNT(*) FROM assessments GROUP BY task, site, version")
 ROWS = text(
@@ -75,10 +81,12 @@ class Watch:
     def __init__(self, places: Places, engine: Engine) -> None:
         self._places, self._engine = places, engine
         self._policies: dict[str, Surveillance] = {}
+        self._unread: set[str] = set()  # tasks whose policy this process never could read
         self._axes: dict[tuple[str, str], NDArray[Any] | None] = {}
         self._estimator = Estimator(places, engine)
         self._labels: dict[Place, int] = {}
         self._again: set[Place] = set()
+        self._begun, self._promised = False, ""
 
     def look(self, today: date | None = None) -> Outcome:
         """One pass, to the newest row there is when it begins.
@@ -96,16 +104,22 @@ class Watch:
         with self._engine.connect() as connection:
             day = today.toordinal() if today else _find_today(connection)
             (end, labelled), found = _find(connection, day)
+            if not self._begun:
+                found += [(row[0], row[1], row[2]) for row in connection.execute(LEFT)]
+                self._begun = True
             self._labels = {(row[0], row[1], row[2]): row[3] for row in connection.execute(COUNT)}
-        touched, self._again = sorted({*found, *self._again}), set()
+        self._again |= set(found)
+        touched = sorted(self._again)
         if touched:  # policies may have changed; to read them takes longer than to find that nothing is new
             self._read_policies()
         while touched:
             batch, touched = touched[:BATCH], touched[BATCH:]
             touched += self._take(batch, (end, day), done)
         with writing(self._engine).begin() as connection:
-            now = int(datetime.now(UTC).timestamp())
-            for name, seq in ((CURSOR, end), (LABELS, labelled), (LOOKED, now)):
+            moved = {CURSOR: end, LABELS: labelled}
+            if not any(place[0] in self._unread for place in self._again):  # else the pass's age says it
+                moved[LOOKED] = int(datetime.now(UTC).timestamp())
+            for name, seq in moved.items():
                 connection.execute(MOVE, {"name": name, "seq": seq})
         return done
 
@@ -116,6 +130,12 @@ class Watch:
                 self._policies[task] = read_policy(task, self._places.policies).surveillance
             except ConfigError as error:
                 LOG.error("%s The last one that could be read holds.", error.fact)
+                self._unread |= {task} - set(self._policies)
+        self._unread -= set(self._policies)
+        told = check_budgets(self._policies)
+        if told and told != self._promised:
+            LOG.warning(told)
+        self._promised = told
 
     def _take(self, touched: list[Place], to: tuple[int, int], done: Outcome) -> list[Place]:
         """Read and judge some places, then write everything at once.
@@ -123,25 +143,27 @@ class Watch:
         Returns:
             Those that have more rows than are read at a time.
         """
-        kept, alarms, estimates, more = [], list[Alarm](), list[EstimateRow](), []
+        kept, alarms, estimates, more, again = [], list[Alarm](), list[EstimateRow](), [], set[Place]()
         with self._engine.connect() as connection:
             told = [(place, _load(connection, place, to[0])) for place in touched]
-            closed = {place[:2]: closed_day(row) for place, (row, _) in told}
+            closed = {place: closed_day(row) for place, (row, _) in told}
             days = read_days(connection, closed, self._places.var)
         for place, (had, rows) in told:
             try:
                 streams, found = self._judge(place, (had, rows), days, to[1])
-                estimated = self._estimate(streams)
+                estimated, owed = self._estimate(streams)
             except Exception:  # whatever is wrong with one place must not silence the others
                 LOG.exception("%s v%d at %s could not be judged", place[0], place[2], place[1])
-                self._again.add(place)
+                again.add(place)
                 continue
+            again |= {place} if owed else set()
             kept.append({**pack(streams), "had": had["state"] if had else ""})
             alarms += found
             estimates += estimated
             done.rows += len(rows)
             more += [place] if len(rows) == MOST else []
         self._write(kept, alarms, estimates)
+        self._again = self._again.difference(touched) | again
         done.places += len(kept)
         done.alarms += alarms
         done.estimates += estimates
@@ -158,19 +180,19 @@ class Watch:
             if len(rows) == MOST:  # there are more: the last day that was read is not over
                 today = int(streams.cases.days[-1])
             alarms = Judge(asked, today, days, self._find_axes(streams)).judge(streams, before)
+        elif streams.task in self._unread:
+            raise ConfigError(f"No policy of {streams.task} could be read.", "Mend it; its rows wait.")
         streams.trim()
         return streams, alarms
 
-    def _estimate(self, streams: Streams) -> list[EstimateRow]:
-        """An estimate where one is due; labels that came too soon after the last one are not forgotten."""
-        place = (streams.task, streams.site, streams.version)
-        labels = self._labels.get(place, 0)
+    def _estimate(self, streams: Streams) -> tuple[list[EstimateRow], bool]:
+        """An estimate where one is due, and whether labels came too soon after the last one and wait."""
+        labels = self._labels.get((streams.task, streams.site, streams.version), 0)
         if streams.task not in self._policies:
-            return []
+            return [], False
         made = self._estimator.estimate(streams, labels)
-        if not made and streams.package and self._estimator.owes(streams, labels, soon=True):
-            self._again.add(place)
-        return made
+        waits = not made and streams.package and self._estimator.owes(streams, labels, soon=True)
+        return made, bool(waits)
 
     def _write(self, kept: list[dict[str, Any]], alarms: list[Alarm], estimates: list[EstimateRow]) -> None:
         with writing(self._engine).begin() as connection:
@@ -186,6 +208,16 @@ class Watch:
         if streams.package and key not in self._axes:
             self._axes[key] = read_axes(shelf(self._places.var, streams.package), streams.site)
         return self._axes.get(key)
+
+
+def check_budgets(policies: dict[str, Surveillance]) -> str:
+    """What is wrong where a site with all tasks may alarm more often than each policy says; else nothing."""
+    count, fewest = len(policies), min((one.budget_days for one in policies.values()), default=0.0)
+    together = 1 / sum(1 / one.task_days for one in policies.values()) if policies else math.inf
+    if together > 0.99 * fewest:
+        return ""
+    return (f"A site with all {count} tasks may alarm falsely once in {together:.0f} days where policies say "
+            f"{fewest:g}: write `tasks: {count}` into the surveillance of each.")  # fmt: skip
 
 
 def _find(connection: Connection, day: int) -> tuple[tuple[int, int], list[Place]]:

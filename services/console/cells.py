@@ -91,6 +91,8 @@ def judge_place(state: State, key: tuple[str, str], seen: Overview | None) -> Ce
     trail, alarms, stopped = state.trail.get(site), state.alarms.get(site, []), state.stopped(site)
     if not trail:
         return Cell(task, site, "not approved", "No version is approved here.", seen=seen, alarms=alarms)
+    if seen and seen.version != trail[-1].version:  # what serves has not answered yet
+        seen = None
     word, why = _find_worst(alarms, stopped, seen)
     return Cell(task, site, word, why, trail[-1].version, trail[-1].since, seen, alarms, stopped)
 

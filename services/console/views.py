@@ -68,7 +68,8 @@ class Books:
             find: part of the name of a site or task.
             wrong: leave out rows and columns where nothing is wrong.
         """
-        overviews, states = read_overviews(self.places.var), self.states()
+        states = self.states()
+        overviews = read_overviews(self.places.var, find_serving(states))
         sites = [site for site in self.sites.sites if only in ("", site)]
         cells = {(task, site): judge_place(state, (task, site), overviews.get((task, site)))
                  for task, state in states.items() for site in sites}  # fmt: skip
@@ -89,7 +90,7 @@ class Books:
         states = self.states()
         if task not in states:
             self.params.task(task)
-        seen = read_overviews(self.places.var).get((task, site))
+        seen = read_overviews(self.places.var, find_serving(states)).get((task, site))
         return judge_place(states[task], (task, site), seen)
 
     def site(self, task: str, site: str) -> dict[str, Any]:
@@ -247,6 +248,12 @@ class Neighbours:
                            if port and listens(port)}  # fmt: skip
             self._next = time.monotonic() + 10
         return self._found
+
+
+def find_serving(states: dict[str, State]) -> dict[tuple[str, str], int]:
+    """(task, site) -> the champion's version, also where it is suspended."""
+    return {(task, site): trail[-1].version for task, state in states.items()
+            for site, trail in state.trail.items() if trail}  # fmt: skip
 
 
 def listens(port: int) -> bool:

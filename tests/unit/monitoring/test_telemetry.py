@@ -110,7 +110,7 @@ def test_a_group_is_counted_by_its_rows_and_its_commits_are_timed(journal, predi
 def test_what_the_monitor_wrote_is_told_as_it_stands(journal, predict):
     journal.append([predict(), predict(), predict()])
     write_state(journal, [("brain", "north")], last=2)
-    told = scrape(journal)
+    told = scrape(journal, {("brain", "north"): 1})
     accuracy = {(s.labels["measure"], s.labels["bound"]): s.value
                 for s in told["formulary_accuracy_estimated"].samples}  # fmt: skip
     assert accuracy == {(measure, bound): value for measure in ("accuracy", "sensitivity", "specificity")
@@ -128,7 +128,7 @@ def test_what_the_monitor_wrote_is_told_as_it_stands(journal, predict):
     assert single["formulary_journal_up"] == 1
 
 
-def test_the_newest_version_of_a_site_is_told_and_a_site_without_a_score_is_not(journal, predict):
+def test_the_version_that_serves_is_told_whatever_a_canary_answers_beside_it(journal, predict):
     journal.append([predict(), predict()])
     write_state(journal, [("brain", "north")], last=1)
     with journal.engine.connect() as connection:
@@ -138,9 +138,13 @@ def test_the_newest_version_of_a_site_is_told_and_a_site_without_a_score_is_not(
             "('brain', 'east', 1, 0, 0, '{\"combined\": {\"score\": 0, \"enough\": false}}', x'')"
         )
         connection.commit()
-    told = scrape(journal)
-    assert values(told["formulary_combined_score"]) == {("brain", "north"): 7}
-    assert set(values(told["formulary_site_idle_seconds"])) == {("brain", "north")}
+    place = ("brain", "north")
+    for serving, score, verdict in (({place: 1}, {place: 1.5}, {place: 0}), ({place: 2}, {place: 7}, {}),
+                                    ({place: 3}, {}, {}), ({}, {place: 7}, {place: 0})):  # fmt: skip
+        told = scrape(journal, serving)  # of no version that is known to serve, the newest
+        assert values(told["formulary_combined_score"]) == score
+        assert values(told["formulary_accuracy_verdict"]) == verdict
+    assert set(values(told["formulary_site_idle_seconds"])) == {place}  # east was never asked
 
 
 def test_open_alarms_are_told_by_what_is_watched_and_unknown_words_do_not_become_labels(journal):

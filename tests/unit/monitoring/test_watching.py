@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from datetime import date, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from monitoring.journal import Prediction, open_journal
 from monitoring.overview import read_overviews, read_streams
 from monitoring.parquet import export_journal
 from monitoring.records import Alarm, Assessment, Refusal, open_records
-from monitoring.streams import MOST
-from monitoring.watching import Watch
+from monitoring.streams import MOST, unpack
+from monitoring.watching import Watch, check_budgets
 from registry.database import writing
+from registry.surveillance import Surveillance
 
 START = date(2026, 1, 5)
 INSERT = text(
@@ -164,6 +166,79 @@ def test_a_new_scanner_is_seen_though_nothing_else_changes(hospital):
     assert [one.statistic for one in hospital.look(50).alarms][:1] == ["scanner"]
 
 
+def read_place(hospital):
+    """What is kept of version 1 at north."""
+    with hospital.records.engine.connect() as connection:
+        query = text("SELECT * FROM streams WHERE site = 'north' AND version = 1")
+        return unpack(dict(connection.execute(query).mappings().one()))
+
+
+def test_what_a_scanner_says_does_not_change_while_nothing_does(hospital):
+    """The first hundred subjects tell what is usual; a share that runs would go somewhere by itself."""
+    for make in "AABABAAAAB":
+        hospital.send((0, 1), acquisition=json.dumps({"make": make}))
+    for make in "BABC":
+        hospital.send((1, 2), per_day=40, acquisition=json.dumps({"make": make}))
+    hospital.look(2)
+    told = read_place(hospital).cases.column("scanner")
+    assert np.isnan(told[:100]).all()
+    expected = [np.log(101 / (usual + 1)) for usual in (30, 70, 30, 0)]
+    assert told[100:] == pytest.approx(np.repeat(expected, 40))
+
+
+@pytest.mark.parametrize(
+    ("unit", "window", "a_day", "told"),
+    [("day", 50, 20, (5, 100)), ("day", 50, 300, (5, 100)), ("subject", 1400, 300, (4, 1400))],
+)
+def test_windows_are_of_whole_days_and_fill_at_any_volume(tmp_path, unit, window, a_day, told):
+    def move(values):
+        return {f"e{axis}": values[f"e{axis}"] + 1 for axis in range(3)}
+
+    hospital = Hospital(tmp_path, unit)
+    path = hospital.places.policies / "lung-nodule.yaml"
+    path.write_text(path.read_text().replace("window: 50", f"window: {window}"))
+    for day in range(10):
+        hospital.send((day, day + 1), a_day, change=move if day >= 5 else None)
+        hospital.look(day + 1)
+    (since,) = (one.since for one in hospital.records.read(Alarm) if one.kind == "window")
+    window = read_place(hospital).window
+    assert ((date.fromisoformat(since) - START).days, window["subjects"]) == told
+
+
+def test_a_day_stands_once_whatever_comes_late(hospital):
+    hospital.send((0, 12))
+    hospital.send((14, 20))
+    hospital.look(20)
+    for late in ((10, 11), (9, 13), (12, 13), (16, 19)):
+        hospital.send(late, per_day=1)
+        hospital.look(20)
+    hospital.send((20, 21))
+    hospital.look(21)
+    kept = read_place(hospital)
+    told = (kept.daily.days, kept.cases.days[180:], kept.opened_days[:1])
+    daily, late, opened = ((days - START.toordinal()).tolist() for days in told)
+    assert daily == [*range(12), *range(14, 20), 12, 20]
+    assert late == [*[20] * 5, 12, *[20] * 13]
+    assert opened == [17]  # no window begins before the last one ended
+
+
+def test_streams_as_they_were_kept_before_go_on(hospital):
+    """Without an open window, and with the labels of all subjects."""
+    hospital.send((0, 23), acquisition='{"make": "A"}')
+    hospital.look(23)
+    with writing(hospital.records.engine).begin() as connection:
+        row = connection.execute(text("SELECT state, history FROM streams")).mappings().one()
+        state = json.loads(row["state"]) | {"tested": 200, "labels": {"A": 150, "B": 30, "other": 50}}
+        count, width = state.pop("opened")
+        told = {"state": json.dumps(state), "history": row["history"][: -4 * count * (1 + width)]}
+        connection.execute(text("UPDATE streams SET state = :state, history = :history"), told)
+    hospital.send((23, 24), acquisition='{"make": "B"}')
+    assert hospital.look(24).rows == 10
+    told = read_place(hospital)
+    assert told.cases.column("scanner")[-10:] == pytest.approx(np.log(231 / 31))
+    assert (len(told.opened), count) == (40, 30)
+
+
 def test_a_site_whose_images_are_all_refused_is_not_silent(hospital):
     hospital.send((0, 30))
     hospital.look(30)
@@ -222,7 +297,7 @@ KILLED = """
 import sys, os
 from pathlib import Path
 from monitoring.records import open_records
-from monitoring.watching import Watch
+from monitoring.watching import Watch, check_budgets
 from monitoring import watching
 from imaging.config import Places
 var = Path(sys.argv[1]); places = Places(root=var / "root", build=var / "build", var=var)
@@ -411,3 +486,107 @@ def test_labels_that_come_one_by_one_are_estimated_once_a_minute_and_none_is_for
     monkeypatch.setattr("monitoring.estimating.AGAIN_S", 0)
     assert len(hospital.look(3).estimates) == 1
     assert hospital.look(3).estimates == []
+
+
+def test_refusals_are_of_the_version_that_answered_most_and_of_all_answers(hospital):
+    """A canary answers some of a site's studies: its few answers do not make the site's refusals many."""
+    for day in range(3):
+        hospital.send((day, day + 1), per_day=19)
+        hospital.send((day, day + 1), per_day=1, version=2)
+        at = f"{(START + timedelta(days=day)).isoformat()}T09:00:00.000+00:00"
+        hospital.records.append(
+            [Refusal(task="lung-nodule", site="north", reason="unreadable", count=5, at=at)]
+        )
+    hospital.look(3)
+    told = {one.version: one for one in read_all(hospital, "refusals")}
+    assert told[1].values.tolist() == pytest.approx([5 / 25] * 3)
+    assert 2 not in told or not np.isfinite(told[2].values).any()
+
+
+def read_all(hospital, name):
+    """A stream of both versions at north, where they have it."""
+    for version in (1, 2):
+        for one in read_streams(hospital.places, "lung-nodule", "north", version):
+            if one.name == name:
+                yield SimpleNamespace(version=version, values=one.values)
+
+
+def test_a_backlog_of_two_versions_keeps_what_readers_said_of_either(hospital):
+    hospital.send((0, 30), per_day=60)
+    hospital.send((40, 70), per_day=60, version=2)
+    query = text("SELECT id, at FROM predictions WHERE version = 1 AND at > :from ORDER BY seq")
+    with hospital.records.engine.connect() as connection:
+        rows = connection.execute(query, {"from": (START + timedelta(days=20)).isoformat()}).all()[::10]
+    hospital.records.append([Assessment(task="lung-nodule", site="north", prediction=key, version=1, at=at,
+                                        source="http", verdict="rejected") for key, at in rows])  # fmt: skip
+    hospital.look(80)
+    (told,) = [one for one in read_all(hospital, "discordance") if one.version == 1]
+    assert np.isfinite(told.values).sum() == 10
+
+
+def test_what_failed_is_tried_again_by_the_next_process_too(hospital, monkeypatch):
+    def fail(*_):
+        raise OSError("the package is gone")
+
+    hospital.send((0, 1))
+    hospital.send((0, 1), site="east", package="sha256:x")
+    monkeypatch.setattr("monitoring.watching.read_axes", fail)
+    assert hospital.look(1).rows == 10
+    monkeypatch.setattr("monitoring.watching.read_axes", lambda *_: None)
+    other = Watch(hospital.places, hospital.records.engine)
+    assert [other.look(START + timedelta(days=day)).rows for day in (1, 2)] == [10, 0]
+
+
+def test_nothing_that_waits_is_forgotten_where_it_cannot_be_written(hospital, monkeypatch):
+    hospital.send((0, 1))
+    monkeypatch.setattr("monitoring.watching.Streams.take", lambda *_: 1 / 0)
+    assert hospital.look(1).rows == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(Watch, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hospital.look(1)
+    monkeypatch.undo()
+    assert hospital.look(1).rows == 10
+
+
+def test_policies_that_promise_a_site_more_than_its_tasks_together_keep_are_told(hospital, caplog):
+    four = {str(number): Surveillance(budget_days=180, tasks=4) for number in range(4)}
+    assert check_budgets(four) == check_budgets({}) == ""
+    told = check_budgets(four | {"imported": Surveillance(budget_days=180)})
+    assert "all 5 tasks may alarm falsely once in 90 days" in told
+    hospital.send((0, 2))
+    for day in (1, 2):
+        hospital.look(day)
+    assert caplog.text.count("all 4 tasks may alarm falsely once in 45 days") == 1  # and not at each pass
+
+
+def test_what_serves_is_shown_whatever_a_canary_answers_beside_it(hospital):
+    hospital.send((0, 2))
+    hospital.send((1, 2), per_day=3, version=2)
+    hospital.look(2)
+    place = ("lung-nodule", "north")
+    for serving, version in (({place: 1}, 1), ({place: 2}, 2), ({}, 2), ({place: 3}, 2)):
+        assert read_overviews(hospital.var, serving)[place].version == version
+
+
+def test_after_a_restart_a_policy_that_cannot_be_read_holds_its_rows_back_and_the_pass_is_not_told(
+    hospital, caplog
+):
+    hospital.send((0, 40))
+    hospital.look(40)
+    path = hospital.places.policies / "lung-nodule.yaml"
+    kept = path.read_text()
+    path.write_text("task: [")
+    hospital.watch = Watch(hospital.places, hospital.records.engine)
+    with writing(hospital.records.engine).begin() as connection:
+        connection.execute(text("UPDATE cursors SET seq = 7 WHERE name = 'looked'"))
+    hospital.send((40, 60), change=lambda values: {"noise": values["noise"] + 0.3})
+    hospital.send((40, 41), task="histology")
+    assert hospital.look(60).rows == 10  # another task goes on
+    assert "lung-nodule v1 at north could not be judged" in caplog.text
+    assert hospital.count("SELECT seq FROM cursors WHERE name = 'looked'") == 7  # its age goes on growing
+    hospital.watch = Watch(hospital.places, hospital.records.engine)
+    path.write_text(kept)
+    done = hospital.look(60)
+    assert (done.rows, "noise" in {one.statistic for one in done.alarms}) == (200, True)
+    assert hospital.count("SELECT seq FROM cursors WHERE name = 'looked'") > 7
