@@ -28,7 +28,7 @@ from sqlalchemy import text
 
 from imaging.config import Places
 from imaging.vocabulary import Kind
-from monitoring.records import Records, open_records
+from monitoring.records import Records, Refusal, open_records
 from monitoring.watching import Watch
 from registry.database import writing
 from registry.package import Contract
@@ -62,6 +62,9 @@ def write_day(
     rows = list(_draw(day, rng, places, noisy))
     with writing(records.engine).begin() as connection:
         connection.execute(INSERT, rows)
+    sites = {place[:2]: rows[0]["at"] for place in places}
+    records.append([Refusal(task=task, site=site, reason="unreadable", count=1, at=at)
+                    for (task, site), at in sites.items()])  # fmt: skip
     return len(rows)
 
 

@@ -16,10 +16,9 @@ from imaging.vocabulary import Judged
 from registry.package import read_contract, shelf
 
 IMAGE = ("too-large", "wrong-type", "unreadable", "wrong-modality", "wrong-shape", "not-finite")
-ANSWERED = text(  # rows come in the order of time, so the newest of before is found from the end
+ANSWERED = text(
     "SELECT version, substr(at, 1, 10) AS day, COUNT(*) FROM predictions WHERE task = :task AND site = :site "
-    "AND seq > COALESCE((SELECT seq FROM predictions WHERE at < :floor ORDER BY seq DESC LIMIT 1), 0) "
-    "GROUP BY version, day"
+    "AND at >= :floor GROUP BY version, day"
 )
 Key = tuple[str, str]
 
@@ -66,16 +65,15 @@ class Days:
         return told
 
 
-def read_days(connection: Connection, closed: dict[tuple[str, str, int], int], var: Path) -> Days:
+def read_days(connection: Connection, since: dict[tuple[str, str, int], str], var: Path) -> Days:
     """The counts of the days that are not over yet at some places.
 
     Args:
         connection: to the journal's database.
-        closed: (task, site, version) -> ordinal of the last day that is over there; 0 where none is.
+        since: (task, site, version) -> the day (ISO 8601) from which its days may still be open.
         var: holds the packages, for their operating points.
     """
-    days, first = Days(), min(closed.values(), default=0)
-    floor = date.fromordinal(first).isoformat() if first else ""
+    days, floor = Days(), min(since.values(), default="")
     refused = text(
         "SELECT task, site, substr(at, 1, 10) AS day, SUM(count) AS count FROM refusals WHERE at >= :floor "
         f"AND reason IN {IMAGE} GROUP BY task, site, day"
@@ -84,13 +82,13 @@ def read_days(connection: Connection, closed: dict[tuple[str, str, int], int], v
         days.refused[(row["task"], row["site"])][_ordinal(row["day"])] = int(row["count"])
     judged = text(
         "SELECT a.task, a.site, a.version, a.at, a.verdict, a.truth, p.columns ->> '$.probability' AS "
-        "probability, p.columns ->> '$.threshold' AS threshold, p.package FROM assessments a JOIN "
-        "predictions p ON p.id = a.prediction WHERE a.at >= :floor"
+        "probability, p.columns ->> '$.threshold' AS threshold, p.columns ->> '$.abstained' AS abstained, "
+        "p.package FROM assessments a JOIN predictions p ON p.id = a.prediction WHERE a.at >= :floor"
     )
     for row in connection.execute(judged, {"floor": floor}).mappings():
         place = (row["task"], row["site"], row["version"])
         days.judged[place][_ordinal(row["at"])].append(_judge(dict(row), var))
-    for task, site in {place[:2] for place in closed} & set(days.refused):
+    for task, site in {place[:2] for place in since} & set(days.refused):
         asked = {"task": task, "site": site, "floor": floor}
         for version, day, count in connection.execute(ANSWERED, asked):
             days.answered[(task, site)][_ordinal(day)][version] = count
@@ -101,7 +99,7 @@ def read_days(connection: Connection, closed: dict[tuple[str, str, int], int], v
 
 def _judge(row: dict[str, Any], var: Path) -> tuple[bool, bool | None]:
     objects = row["verdict"] in (Judged.REJECTED, Judged.CORRECTED)
-    if row["truth"] is None or row["probability"] is None:
+    if row["truth"] is None or row["probability"] is None or row["abstained"]:  # no answer was made
         return objects, None
     try:
         bound = read_threshold(var, row["package"]) if row["threshold"] is None else row["threshold"]

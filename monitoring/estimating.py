@@ -14,7 +14,7 @@ from imaging.vocabulary import Statement
 from monitoring.estimation import estimate_place
 from monitoring.labels import read_labels
 from monitoring.records import EstimateRow, Records
-from monitoring.streams import KEPT, SHOWN, Streams
+from monitoring.streams import BOUND, KEPT, SHOWN, Streams
 from registry.evidence import verify_package
 from registry.ledger import open_ledger
 from registry.package import Contract, read_contract, shelf
@@ -83,8 +83,9 @@ def _list_cases(streams: Streams) -> list[dict[str, Any]]:
     rows = cases.select(names).astype(float)
     told = [{name: value for name, value in zip(names, row, strict=True) if value == value}
             for row in rows[np.isfinite(cases.column("probability"))][-NEWEST:].tolist()]  # fmt: skip
-    extra = {} if streams.threshold is None else {"threshold": streams.threshold}
     for row in told:
         if SHOWN in row:  # a profile's probability stands in the answer, the network's own beside it
             row["raw_probability"], row["probability"] = row["probability"], row.pop(SHOWN)
-    return [{**row, **extra} for row in told]
+        if BOUND in row:
+            row["threshold"] = row.pop(BOUND)
+    return told

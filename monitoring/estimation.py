@@ -229,7 +229,7 @@ def _fit_line(reference: Reference) -> tuple[Floats, NDArray[np.float64]]:
     A weak prior around 0 and 1 keeps them finite where the classes do not overlap.
     """
     design = np.column_stack([np.ones(len(reference.scores)), _logit(reference.scores)])
-    middle = line = np.array([0.0, 1.0])
+    middle, line = np.array([0.0, 1.0]), np.zeros(2)  # from 0 it converges where logits are large and wrong
     for _ in range(50):
         p = _expit(design @ line)
         curvature = (design.T * (p * (1 - p))) @ design + PRIOR

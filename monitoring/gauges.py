@@ -26,7 +26,7 @@ MEASURES = ("accuracy", "sensitivity", "specificity")
 BOUNDS = ("low", "estimate", "high")
 PLACE = ("task", "site")
 NEWEST = text(
-    "SELECT s.task, s.site, p.at, json_extract(s.state, '$.combined.enough') AS enough, "
+    "SELECT s.task, s.site, s.last_seq, p.at, json_extract(s.state, '$.combined.enough') AS enough, "
     "json_extract(s.state, '$.combined.score') AS score "
     "FROM streams s LEFT JOIN predictions p ON p.seq = s.last_seq WHERE s.last_seq IN :chosen"
 ).bindparams(bindparam("chosen", expanding=True))
@@ -133,14 +133,18 @@ class Now:
 
     def _tell_streams(self) -> Iterator[Gauge]:
         with self._journal.engine.connect() as connection:
-            chosen = choose(connection.execute(STREAMS), self._serving.versions).values()
-            rows = connection.execute(NEWEST, {"chosen": [row.last_seq for row in chosen]}).all()
+            known = connection.execute(STREAMS).all()
+            serving, newest = (choose(known, one).values() for one in (self._serving.versions, {}))
+            asked = {"chosen": [one.last_seq for one in (*serving, *newest)]}
+            rows = {row.last_seq: row for row in connection.execute(NEWEST, asked)}
             told = connection.execute(text("SELECT name, seq FROM cursors"))
             cursors: dict[str, int] = {row.name: row.seq for row in told}
             last = connection.execute(text("SELECT COALESCE(MAX(seq), 0) FROM predictions")).scalar_one()
-        scores = {(row.task, row.site): float(row.score) for row in rows if row.enough}
+        judged, last_rows = ([rows[one.last_seq] for one in some if one.last_seq in rows]
+                             for some in (serving, newest))  # fmt: skip
+        scores = {(row.task, row.site): float(row.score) for row in judged if row.enough}
         yield _many("formulary_combined_score", "Combined distance from the reference", scores)
-        idle = {(row.task, row.site): _age(row.at) for row in rows if row.at}
+        idle = {(row.task, row.site): _age(row.at) for row in last_rows if row.at}
         yield _many("formulary_site_idle_seconds", "Age of the newest row that the monitor counted", idle)
         lag = last - cursors.get("watching", 0)
         yield _one("formulary_monitor_lag_rows", "Rows that the monitor has not counted yet", lag)

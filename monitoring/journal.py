@@ -145,28 +145,35 @@ class Journal:
             subjects: at most this many.
 
         Returns:
-            Rows with seq, at, image, subject and the drift columns.
+            Rows with seq, at, image, subject and the drift columns; a probability is the network's own, as in
+            the reference, whatever the site's profile made of it.
         """
         query = text(
             "SELECT MAX(seq) AS seq, at, image, subject, columns FROM predictions WHERE task = :task AND "
             "site = :site AND version = :version AND seq > :floor GROUP BY COALESCE(subject, id) "
             "ORDER BY seq DESC LIMIT :limit"
         )
-        floor = self._floor(task, site, version, subjects)
-        rows = self._read(query, task=task, site=site, version=version, limit=subjects, floor=floor)
+        rows, back, floor = list[dict[str, Any]](), 4 * subjects, 1
+        while len(rows) < subjects and floor:  # further back where subjects have many images
+            back *= 2
+            floor = self._floor(task, site, version, back)
+            rows = self._read(query, task=task, site=site, version=version, limit=subjects, floor=floor)
         told = ({**row, **json.loads(row["columns"])} for row in reversed(rows))
-        return [{name: value for name, value in row.items() if name != "columns"} for row in told]
+        raw = (
+            {**row, "probability": row["raw_probability"]} if "raw_probability" in row else row
+            for row in told
+        )
+        return [{name: value for name, value in row.items() if name != "columns"} for row in raw]
 
     def newest(
         self, task: str | None, site: str | None, limit: int, version: int | None = None
     ) -> list[dict[str, Any]]:
         """The newest predictions as they stand, oldest first; of all unless told."""
-        query = text(
-            "SELECT * FROM predictions WHERE (:task IS NULL OR task = :task) AND "
-            "(:site IS NULL OR site = :site) AND (:version IS NULL OR version = :version) "
-            "ORDER BY seq DESC LIMIT :limit"
-        )
-        rows = self._read(query, task=task, site=site, version=version, limit=limit)
+        named = {"task": task, "site": site, "version": version}
+        given = {name: value for name, value in named.items() if value is not None}
+        where = " AND ".join(f"{name} = :{name}" for name in given) or "TRUE"
+        query = text(f"SELECT * FROM predictions WHERE {where} ORDER BY seq DESC LIMIT :limit")
+        rows = self._read(query, **given, limit=limit)
         parsed = ("columns", "stages_ms", "acquisition")
         return [{**row, **{name: json.loads(row[name]) for name in parsed}} for row in reversed(rows)]
 
@@ -194,13 +201,13 @@ class Journal:
         rows = [{**row, "columns": json.loads(row["columns"])} for row in self._read(query)]
         return [VerdictRow(**{name: row[name] for name in VerdictRow.__dataclass_fields__}) for row in rows]
 
-    def _floor(self, task: str, site: str, version: int, subjects: int) -> int:
-        """Far enough back for a window of 8 images a subject, so that a long journal is not read whole."""
+    def _floor(self, task: str, site: str, version: int, back: int) -> int:
+        """The row so many rows of a place before the newest; 0 where it has no more."""
         query = text(
             "SELECT seq FROM predictions WHERE task = :task AND site = :site AND version = :version "
             "ORDER BY seq DESC LIMIT 1 OFFSET :back"
         )
-        rows = self._read(query, task=task, site=site, version=version, back=8 * subjects)
+        rows = self._read(query, task=task, site=site, version=version, back=back)
         return int(rows[0]["seq"]) if rows else 0
 
     def _write(self, insert: str, values: list[tuple[Any, ...]]) -> None:

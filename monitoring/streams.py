@@ -28,7 +28,8 @@ FIRST = 100  # subjects whose scanners are the site's own
 DAILY = ("latency_ms", "refusals", "discordance", "error")
 SILENT = ("profile", "threshold")  # of a row's columns: what is no measurement
 SHOWN = "shown_probability"  # of a site with a profile; its chart is of the network's own, which goes on
-KEPT = ("abstained", SHOWN)  # what is kept, but not charted
+BOUND = "bound"  # the threshold that a profile put in the contract's place
+KEPT = ("abstained", SHOWN, BOUND)  # what is kept, but not charted
 PARTS = {
     "spacing_mm": Part.ACQUISITION, "scanner": Part.ACQUISITION, "embedding": Part.EMBEDDING,
     "probability": Part.SCORES, "uncertainty": Part.UNCERTAINTY, "latency_ms": Part.LATENCY,
@@ -135,7 +136,6 @@ class Streams:
         recent: [day, combined score, value nearest to a limit] of the newest days.
         estimated: subjects and labels that the last estimate of accuracy rests on, and when it was made (s).
         package: digest of the version.
-        threshold: that a site profile put in the contract's place; None without one.
         own: embeddings of the first window, where the package has no reference of the site.
         own_days: ordinals of the days of its subjects.
         opened: float32 (n, 1 + axes), embeddings of the open window, each after the draw that thins them.
@@ -159,7 +159,6 @@ class Streams:
     recent: list[list[Any]] = field(default_factory=list)
     estimated: list[int] = field(default_factory=lambda: [0, 0, 0])
     package: str = ""
-    threshold: float | None = None
     own: list[list[float]] = field(default_factory=list)
     own_days: list[int] = field(default_factory=list)
     opened: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -168,8 +167,9 @@ class Streams:
     def take(self, rows: list[dict[str, Any]]) -> None:
         """Count rows of the journal, and keep the values of subjects that were not seen before.
 
-        A row that is late belongs to the day that is open. Where all are older, and of days that nobody has
-        seen, a clock was put back, or an old journal is fed: then days go on from there.
+        A row that is late belongs to the day that is open; one from before the subjects that are kept has no
+        value. Where all are older, and of days that nobody has seen, a clock was put back, or an old journal
+        is fed: then days go on from there.
         """
         told = [date.fromisoformat(row["at"][:10]).toordinal() for row in rows]
         late = bool(told) and max(told) < self.closed
@@ -178,7 +178,8 @@ class Streams:
         seen, days, values, keys = set(self.keys.tolist()), [], [], []
         for row, day in zip(rows, told, strict=True):
             key = _name(row["subject"] or row["image"] or row["id"])
-            if key not in seen:
+            forgotten = self.cases.dropped and day <= self.closed and day < int(self.cases.days[0])
+            if key not in seen and not forgotten:
                 seen.add(key)
                 keys.append(key)
                 days.append(max(day, self.closed + 1))
@@ -192,10 +193,11 @@ class Streams:
 
     def _measure(self, row: dict[str, Any]) -> dict[str, float]:
         columns = _read_numbers(row["columns"])
-        self.threshold = columns.get("threshold")
         told = {name: value for name, value in columns.items() if name not in SILENT}
         if "raw_probability" in told:
             told[SHOWN], told["probability"] = told["probability"], told.pop("raw_probability")
+        if "threshold" in columns:
+            told[BOUND] = columns["threshold"]
         told["latency_ms"] = sum(_read_numbers(row["stages_ms"]).values())
         if axes := [told[name] for name in AXES if name in told]:
             told["embedding"] = math.sqrt(sum(value * value for value in axes) / len(axes))
@@ -264,7 +266,7 @@ def pack(streams: Streams) -> dict[str, Any]:
 
 STATE = (
     "subjects", "closed", "tested", "labels", "window", "combined", "recent", "estimated", "package",
-    "threshold", "own", "own_days",
+    "own", "own_days",
 )  # fmt: skip
 
 

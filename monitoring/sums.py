@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from imaging.config import explain
 from imaging.errors import DataError
@@ -111,6 +111,11 @@ class Statistics(Section, allow_inf_nan=False):
     bins: tuple[Bin, ...] | None = None
     line: Line | None = None
     withheld: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("withheld", mode="before")
+    @classmethod
+    def _read_names(cls, told: Any) -> Any:  # a file from before reasons were told
+        return dict.fromkeys(told, "why is not told") if isinstance(told, (list, tuple)) else told
 
     def count_cases(self) -> int:
         """Images that the file tells of; 0 where it withholds everything."""

@@ -42,7 +42,9 @@ NEW = text(
 LEFT = text(  # what failed before this process began
     "SELECT p.task, p.site, p.version FROM (SELECT task, site, version, MAX(seq) AS seq FROM predictions "
     "GROUP BY task, site, version) p LEFT JOIN streams s ON s.task = p.task AND s.site = p.site "
-    "AND s.version = p.version WHERE p.seq > COALESCE(s.last_seq, 0)"
+    "AND s.version = p.version WHERE p.seq > COALESCE(s.last_seq, 0) UNION "
+    "SELECT s.task, s.site, s.version FROM streams s WHERE json_extract(s.state, '$.estimated[1]') != "
+    "(SELECT COUNT(*) FROM assessments a WHERE a.task = s.task AND a.site = s.site AND a.version = s.version)"
 )
 COUNT = text("SELECT task, site, version, COUNT(*) FROM assessments GROUP BY task, site, version")
 ROWS = text(
@@ -106,9 +108,9 @@ class Watch:
             (end, labelled), found = _find(connection, day)
             if not self._begun:
                 found += [(row[0], row[1], row[2]) for row in connection.execute(LEFT)]
-                self._begun = True
             self._labels = {(row[0], row[1], row[2]): row[3] for row in connection.execute(COUNT)}
         self._again |= set(found)
+        self._begun = True
         touched = sorted(self._again)
         if touched:  # policies may have changed; to read them takes longer than to find that nothing is new
             self._read_policies()
@@ -146,8 +148,8 @@ class Watch:
         kept, alarms, estimates, more, again = [], list[Alarm](), list[EstimateRow](), [], set[Place]()
         with self._engine.connect() as connection:
             told = [(place, _load(connection, place, to[0])) for place in touched]
-            closed = {place: closed_day(row) for place, (row, _) in told}
-            days = read_days(connection, closed, self._places.var)
+            since = {place: find_open(*found) for place, found in told}
+            days = read_days(connection, since, self._places.var)
         for place, (had, rows) in told:
             try:
                 streams, found = self._judge(place, (had, rows), days, to[1])
@@ -241,9 +243,11 @@ def _find_today(connection: Connection) -> int:
     return min([datetime.now(UTC).date().toordinal(), *([max(seen)] if seen else [])])
 
 
-def closed_day(row: dict[str, Any] | None) -> int:
-    """Ordinal of the last day that is over at a place, as its row has it; 0 where none is."""
-    return int(json.loads(row["state"])["closed"]) if row else 0
+def find_open(row: dict[str, Any] | None, rows: list[dict[str, Any]]) -> str:
+    """The day (ISO 8601) from which days of a place may be open, by its row, else by its first answers."""
+    if row and (closed := int(json.loads(row["state"])["closed"])):
+        return date.fromordinal(closed).isoformat()
+    return min((str(one["at"])[:10] for one in rows), default="")
 
 
 def _load(

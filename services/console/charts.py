@@ -80,6 +80,7 @@ def control_chart(stream: Any) -> Markup:
     Args:
         stream: name, unit, days, values, up, down, limit, enough, reference, as `monitoring.overview` has it.
     """
+    whole = stream.first == 1
     stream = _cut(stream, max(0, len(stream.values) - SHOWN))
     values = [(n, float(v)) for n, v in enumerate(stream.values) if math.isfinite(v)]
     if not values:
@@ -100,7 +101,7 @@ def control_chart(stream: Any) -> Markup:
                    for n, day in ((n, stream.days[n]) for n in edges))  # fmt: skip
     height = 178 if stream.enough else 126
     parts += _text(46, height - 6, first, "small") + _text(430, height - 6, last, "small end")
-    return _svg(436, height, _tell_stream(stream, values), parts, "chart")
+    return _svg(436, height, _tell_stream(stream, values, whole), parts, "chart")
 
 
 def _cut(stream: Any, left: int) -> Any:
@@ -127,13 +128,14 @@ def _sums(stream: Any, x: Scale) -> str:
     return parts
 
 
-def _tell_stream(stream: Any, values: list[tuple[int, float]]) -> str:
+def _tell_stream(stream: Any, values: list[tuple[int, float]], whole: bool) -> str:
     told = f"{stream.name}: {len(values)} values by {stream.unit}, the last {tell(values[-1][1])}"
     if not stream.enough:
         return f"{told}; not enough cases for a chart"
     highest = max([*map(float, stream.up), *map(float, stream.down)], default=0.0)
     side = "reached" if highest >= stream.limit else "stayed below"
-    return f"{told}; its sums {side} the limit of {tell(stream.limit)}, at most {tell(highest)}"
+    anew = "" if whole else ", drawn anew from the values that are kept,"
+    return f"{told}; its sums{anew} {side} the limit of {tell(stream.limit)}, at most {tell(highest)}"
 
 
 def forest(

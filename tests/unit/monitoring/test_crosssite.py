@@ -294,3 +294,12 @@ def test_the_command_prints_the_card_and_writes_the_page(tmp_path):
     assert "indicative" in page.read_text()
     told = CliRunner().invoke(command, [*map(str, paths), "--json"], catch_exceptions=False)
     assert set(json.loads(told.output)["sites"]) == set(SITES)
+
+
+def test_a_file_from_before_reasons_were_told_can_be_read(tmp_path):
+    path = tmp_path / "old.json"
+    told = Statistics(task="t", version=1, package="sha256:0", threshold=0.5, site="north", source="live",
+                      simulated="", at="2026-11-01T00:00:00", withheld={"bins": "too few cases"})  # fmt: skip
+    write_statistics(told, path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"withheld": ["bins"]}))
+    assert read_statistics(path).withheld == {"bins": "why is not told"}

@@ -53,6 +53,22 @@ def test_the_interval_covers_the_realised_share_under_covariate_shift(middle, sp
     assert np.mean(narrow) < 0.9  # what an interval without the calibration error would cover
 
 
+@pytest.mark.parametrize("sure", [2, 3])
+def test_a_network_that_is_too_sure_of_itself_is_estimated_by_its_reference(sure):
+    rng, covered = np.random.default_rng(2), []
+
+    def draw_sure(count):
+        honest = rng.normal(-0.5, 2, count)
+        return expit(sure * honest), (rng.random(count) < expit(honest)).astype(int)
+
+    for _ in range(RUNS):
+        reference = Reference(*draw_sure(200), np.arange(200).astype(str))
+        scores, truth = draw_sure(500)
+        told, real = estimate(scores, reference, 0.5), describe(scores, truth, 0.5)
+        covered.append(told["accuracy"]["low"] <= real["accuracy"] <= told["accuracy"]["high"])
+    assert np.mean(covered) > 0.91
+
+
 def test_two_images_a_subject_say_no_more_than_one_where_they_are_the_same():
     rng = np.random.default_rng(2)
     one = refer(rng, 300)

@@ -134,6 +134,18 @@ def test_a_window_is_the_newest_image_of_each_of_the_newest_subjects(journal, pr
     assert [row["seq"] for row in window] == [5, 6, 7, 8, 9]
 
 
+def test_a_window_is_filled_however_many_images_a_subject_has(journal, predict):
+    journal.append([predict(subject=str(n // 20), columns={"noise": float(n)}) for n in range(600)])
+    window = journal.read_window("brain", "north", 1, 25)
+    assert [row["noise"] for row in window] == [float(n) for n in range(119, 600, 20)]
+
+
+def test_a_windows_probabilities_are_the_networks_own(journal, predict):
+    profile = {"probability": 0.9, "raw_probability": 0.4}
+    journal.append([predict(columns=profile), predict(columns={"probability": 0.3})])
+    assert [row["probability"] for row in journal.read_window("brain", "north", 1, 5)] == [0.4, 0.3]
+
+
 def test_a_window_holds_one_task_one_site_and_one_version(journal, predict):
     journal.append([predict(id="mine"), predict(task="lung"), predict(site="east"), predict(version=2)])
     assert [row["seq"] for row in journal.read_window("brain", "north", 1, 9)] == [1]

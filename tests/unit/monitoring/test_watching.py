@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from imaging.config import Places, read_places
 from imaging.errors import Conflict
+from monitoring.estimating import _list_cases
 from monitoring.journal import Prediction, open_journal
 from monitoring.overview import read_overviews, read_streams
 from monitoring.parquet import export_journal
@@ -590,3 +591,59 @@ def test_after_a_restart_a_policy_that_cannot_be_read_holds_its_rows_back_and_th
     done = hospital.look(60)
     assert (done.rows, "noise" in {one.statistic for one in done.alarms}) == (200, True)
     assert hospital.count("SELECT seq FROM cursors WHERE name = 'looked'") > 7
+
+
+def test_each_answer_keeps_the_threshold_that_it_was_given_by(hospital):
+    """A profile is stored after 30 answers: these were not given by its threshold."""
+    profile = {"raw_probability": 0.5, "threshold": 0.25, "abstained": 0.0}
+    hospital.send((0, 3))
+    hospital.send((3, 5), change=lambda values: profile | {"probability": 0.3})
+    hospital.look(5)
+    cases = _list_cases(read_place(hospital))
+    assert [row.get("threshold") for row in cases] == [None] * 30 + [0.25] * 20
+    assert [row["probability"] for row in cases[30:]] == pytest.approx([0.3] * 20)
+    assert [row["raw_probability"] for row in cases[30:]] == [0.5] * 20
+
+
+def test_an_archive_that_is_sent_again_is_counted_and_has_no_second_value(hospital):
+    """Of the oldest subjects nobody knows any more whether they had one."""
+    hospital.send((0, 30), per_day=50)
+    hospital.look(30)
+    again = ("at, request_id, task, site, version, package, engine, subject, image, columns, stages_ms, "
+             "answer, batch, acquisition")  # fmt: skip
+    with writing(hospital.records.engine).begin() as connection:
+        query = f"INSERT INTO predictions (id, {again}) SELECT 'again' || id, {again} FROM predictions"
+        connection.execute(text(query))
+    hospital.send((30, 31))
+    hospital.look(31)
+    told = read_place(hospital)
+    assert (told.rows, told.subjects, len(told.daily.days)) == (3010, 1510, 31)
+    hospital.send((31, 32))  # late days of a clock that goes on are values as before
+    hospital.look(32)
+    assert read_place(hospital).subjects == 1520
+
+
+def test_an_answer_that_abstained_misses_no_truth(hospital):
+    hospital.send((0, 2), change=lambda values: {"probability": 0.2, "threshold": 0.5, "abstained": 1.0})
+    with hospital.records.engine.connect() as connection:
+        rows = connection.execute(text("SELECT id, at FROM predictions")).all()
+    hospital.records.append([Assessment(task="lung-nodule", site="north", prediction=key, version=1, truth=1,
+                                        at=at, source="csv", verdict="labelled")
+                             for key, at in rows])  # fmt: skip
+    hospital.look(3)
+    (told,) = [one for one in read_all(hospital, "discordance") if one.version == 1]
+    assert told.values.tolist() == [0.0, 0.0]
+    assert not [one for one in read_all(hospital, "error") if np.isfinite(one.values).any()]
+
+
+def test_labels_that_wait_are_found_by_the_next_process_too(hospital):
+    hospital.send((0, 3))
+    hospital.look(3)
+    with hospital.records.engine.connect() as connection:
+        found = connection.execute(text("SELECT id, at FROM predictions")).first()
+    hospital.records.append([Assessment(task="lung-nodule", site="north", prediction=found[0], version=1,
+                                        at=found[1], source="csv", verdict="labelled", truth=1)])  # fmt: skip
+    with writing(hospital.records.engine).begin() as connection:  # as if a pass had seen them, and they wait
+        connection.execute(text("INSERT OR REPLACE INTO cursors VALUES ('assessments', 1)"))
+    assert hospital.look(3).places == 0
+    assert Watch(hospital.places, hospital.records.engine).look(START + timedelta(days=3)).places == 1
