@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -85,20 +84,10 @@ def time_pages(places: Places, records: Records, noisy: Place) -> dict[str, Any]
 
 def log_in(gateway: Gateway) -> None:
     """By a link, as a person does."""
-    command = [
-        sys.executable,
-        "-m",
-        "formulary",
-        "services",
-        "login",
-        "author@test",
-        "--port",
-        str(gateway.port),
-    ]
-    link = subprocess.run(command, env=gateway.environment, capture_output=True, text=True, check=True).stdout
+    link = gateway.make_link("author@test")
     origin = str(gateway.client.base_url).rstrip("/")
-    gateway.client.get(link.strip())
-    code = link.strip().partition("code=")[2]
+    gateway.client.get(link)
+    code = link.partition("code=")[2]
     told = gateway.client.post("/console/login", data={"code": code}, headers={"Origin": origin})
     assert told.status_code == 303, told.text
 

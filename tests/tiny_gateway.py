@@ -89,6 +89,12 @@ class Gateway:
         given = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
         return self.client.post(f"/v1/models/{task}/predict", content=body, headers=given)
 
+    def make_link(self, identity):
+        """What `formulary services login` prints."""
+        command = [sys.executable, "-m", "formulary", "services", "login", identity, "--port", str(self.port)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     def count(self, metric, **labels):
         """The value of one sample of /metrics, 0 when it is not there."""
         from prometheus_client.parser import text_string_to_metric_families

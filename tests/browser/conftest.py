@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,23 +76,7 @@ def browser(places):
 
 @pytest.fixture(scope="module")
 def make_link(gateway):
-    """What `formulary services login` prints."""
-
-    def make(identity):
-        command = [
-            sys.executable,
-            "-m",
-            "formulary",
-            "services",
-            "login",
-            identity,
-            "--port",
-            str(gateway.port),
-        ]
-        done = subprocess.run(command, env=gateway.environment, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    return make
+    return gateway.make_link
 
 
 @pytest.fixture
