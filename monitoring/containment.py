@@ -145,7 +145,7 @@ def _read(places: Places, task: str) -> tuple[Surveillance | None, str]:
     """What the policy says of alarms; or None, and why it cannot be read."""
     try:
         return read_policy(task, places.policies).surveillance, ""
-    except (ConfigError, OSError, ValueError) as error:
+    except ConfigError as error:
         return None, str(error)
 
 

@@ -135,7 +135,7 @@ class Now:
         with self._journal.engine.connect() as connection:
             known = connection.execute(STREAMS).all()
             serving, newest = (choose(known, one).values() for one in (self._serving.versions, {}))
-            asked = {"chosen": [one.last_seq for one in (*serving, *newest)]}
+            asked = {"chosen": [*{one.last_seq for one in (*serving, *newest)}]}
             rows = {row.last_seq: row for row in connection.execute(NEWEST, asked)}
             told = connection.execute(text("SELECT name, seq FROM cursors"))
             cursors: dict[str, int] = {row.name: row.seq for row in told}
